@@ -1,0 +1,230 @@
+"""Whose array is it, and where does it live: the edge between gpuconv and the caller's libraries.
+
+Everything arrives here as what the caller holds (NumPy, CuPy, PyTorch, DLPack, ``__cuda_array_interface__``, a list)
+and becomes an ``Operand``: a NumPy array in host memory or a CuPy array on a GPU, with a note of where it came from.
+The only host-device copies are here. No library is imported unless an array of it is at hand, or a GPU is asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpuconv import dtypes
+
+Array = Any  # numpy.ndarray or cupy.ndarray; CuPy has no stubs
+
+_HOST_DLPACK = (1, 3)  # kDLCPU, kDLCUDAHost
+_CUDA_DLPACK = (2, 13)  # kDLCUDA, kDLCUDAManaged
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An argument as gpuconv sees it: ``array`` shares memory with what the caller passed wherever it can."""
+
+    array: Array
+    library: str  # "numpy", "cupy" or "torch": what the result comes back as
+    device: int | None  # CUDA ordinal, or None for host memory
+    dtype: str
+    stream: int | None = None  # the current stream of a library other than CuPy, as a pointer
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return tuple(self.array.shape)
+
+
+def _root(value: Any) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+def operand(call: str, name: str, value: Any) -> Operand:
+    """``value`` as an Operand; a TypeError that names ``name`` when it is no array of numbers."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{call}: {name} is a masked array; fill or drop its masked elements first ({name}.filled(0))")
+    if isinstance(value, Operand):
+        return value
+    if isinstance(value, np.ndarray):
+        return _host(call, name, np.asarray(value))
+    if _root(value) == "torch" and hasattr(value, "requires_grad"):
+        return _from_torch(call, name, value)
+    if _root(value) == "cupy" and hasattr(value, "__cuda_array_interface__"):
+        return _on_gpu(call, name, value)
+    if getattr(value, "__dask_graph__", None) is not None and value.__dask_graph__() is not None:
+        raise TypeError(f"{call}: {name} is a lazy dask collection; compute() it first, it is never computed silently")
+    if isinstance(value, (str, bytes)) or value is None:
+        raise TypeError(f"{call}: {name} must be an array of numbers; got {value!r}")
+    if hasattr(value, "__cuda_array_interface__"):
+        return _on_gpu(call, name, _cupy(call, name).asarray(value))
+    if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
+        kind = int(value.__dlpack_device__()[0])
+        if kind in _CUDA_DLPACK:
+            return _on_gpu(call, name, _cupy(call, name).from_dlpack(value))
+        if kind not in _HOST_DLPACK:
+            raise TypeError(f"{call}: {name} lives on DLPack device type {kind}; gpuconv takes host memory and CUDA")
+        return _host(call, name, np.from_dlpack(value))
+    if not (isinstance(value, (list, tuple, range)) or hasattr(value, "__array__")):
+        if not (hasattr(value, "__array_interface__") or hasattr(value, "__buffer__") or np.isscalar(value)):
+            raise TypeError(f"{call}: {name} must be an array of numbers; got {type(value).__name__}")
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{call}: {name} cannot become an array: {error}") from None
+    return _host(call, name, array)
+
+
+def _host(call: str, name: str, array: np.ndarray[Any, Any]) -> Operand:
+    dtype = dtypes.name_of(call, name, array.dtype)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return Operand(array, "numpy", None, dtype)
+
+
+def _on_gpu(call: str, name: str, array: Array) -> Operand:
+    return Operand(array, "cupy", int(array.device.id), dtypes.name_of(call, name, array.dtype))
+
+
+def _cupy(call: str, name: str) -> Any:
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        if error.name != "cupy":
+            raise
+        raise TypeError(
+            f'{call}: {name} lives on a GPU, and reading it takes CuPy, which is not installed; '
+            'pip install "gpuconv[cuda13]" (or [cuda12])'
+        ) from None
+    return cupy
+
+
+def _from_torch(call: str, name: str, tensor: Any) -> Operand:
+    if tensor.requires_grad:
+        raise TypeError(f"{call}: {name} requires grad, and gpuconv does not record gradients; detach() it")
+    if str(tensor.layout) != "torch.strided":
+        raise TypeError(f"{call}: {name} is a tensor of layout {tensor.layout}; convert it with to_dense()")
+    tensor = tensor.resolve_conj().resolve_neg()
+    kind, ordinal = tensor.device.type, tensor.device.index
+    if kind not in ("cpu", "cuda"):
+        raise TypeError(f"{call}: {name} lives on torch device {tensor.device}; gpuconv takes cpu and cuda tensors")
+    # DLPack has no bfloat16 for NumPy, so it travels as its bits.
+    brain = str(tensor.dtype) == "torch.bfloat16"
+    if brain:
+        tensor = tensor.view(sys.modules["torch"].int16)
+    if kind == "cpu":
+        array = tensor.numpy()
+        array = array.view(dtypes.numpy_dtype("bfloat16")) if brain else array
+        return Operand(array, "torch", None, dtypes.name_of(call, name, array.dtype))
+    cupy = _cupy(call, name)
+    array = cupy.from_dlpack(tensor)
+    array = array.view(dtypes.numpy_dtype("bfloat16")) if brain else array
+    stream = int(sys.modules["torch"].cuda.current_stream(ordinal).cuda_stream)
+    return Operand(array, "torch", int(ordinal), dtypes.name_of(call, name, array.dtype), stream)
+
+
+def deliver(array: Array, library: str) -> Any:
+    """``array`` in the caller's library, sharing its memory."""
+    if library != "torch":
+        return array
+    torch = sys.modules["torch"]
+    brain = array.dtype.name == "bfloat16"
+    bits = array.view(np.int16) if brain else array
+    tensor = torch.from_numpy(bits) if isinstance(array, np.ndarray) else torch.from_dlpack(bits)
+    return tensor.view(torch.bfloat16) if brain else tensor
+
+
+def to_host(array: Array) -> np.ndarray[Any, Any]:
+    """A host copy of a GPU array (a NumPy array comes back as it is)."""
+    return array if isinstance(array, np.ndarray) else array.get()  # type: ignore[no-any-return]
+
+
+def to_device(array: Array, ordinal: int) -> Array:
+    """``array`` on the GPU ``ordinal``, copied there unless it is there."""
+    import cupy
+
+    if not isinstance(array, np.ndarray) and int(array.device.id) == ordinal:
+        return array
+    with cupy.cuda.Device(ordinal):
+        return cupy.asarray(array)
+
+
+def on_stream(ordinal: int | None, stream: int | None) -> AbstractContextManager[Any]:
+    """Make GPU ``ordinal`` and the stream at address ``stream`` current for CuPy; None leaves what is current."""
+    if ordinal is None or "cupy" not in sys.modules:
+        return nullcontext()
+    import cupy
+
+    device = cupy.cuda.Device(ordinal)
+    if stream is None:
+        return device  # type: ignore[no-any-return]
+    return _DeviceAndStream(device, cupy.cuda.ExternalStream(stream, ordinal))
+
+
+class _DeviceAndStream:
+    """Two context managers as one: a CuPy stream belongs to the device that is current."""
+
+    def __init__(self, device: Any, stream: Any) -> None:
+        self.device, self.stream = device, stream
+
+    def __enter__(self) -> None:
+        self.device.__enter__()
+        self.stream.__enter__()
+
+    def __exit__(self, *details: Any) -> None:
+        self.stream.__exit__(*details)
+        self.device.__exit__(*details)
+
+
+def stream_pointer(call: str, stream: Any) -> int | None:
+    """The address of a CUDA stream given as CuPy, PyTorch, Numba or ``__cuda_stream__`` object, or as an integer."""
+    if stream is None:
+        return None
+    if hasattr(stream, "__cuda_stream__"):
+        protocol = stream.__cuda_stream__
+        return int((protocol() if callable(protocol) else protocol)[1])
+    for attribute in ("ptr", "cuda_stream"):
+        if hasattr(stream, attribute):
+            return int(getattr(stream, attribute))
+    if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
+        return stream
+    raise TypeError(f"{call}: stream must be a CUDA stream object or its address as an integer; got {stream!r}")
+
+
+def byte_bounds(array: Array) -> tuple[int, int]:
+    """First address of ``array``'s elements, and the address after the last (equal when it is empty)."""
+    start = int(array.ctypes.data) if isinstance(array, np.ndarray) else int(array.data.ptr)
+    if array.size == 0:
+        return start, start
+    reach = [(extent - 1) * step for extent, step in zip(array.shape, array.strides, strict=True)]
+    return start + sum(min(r, 0) for r in reach), start + sum(max(r, 0) for r in reach) + int(array.itemsize)
+
+
+def require_output(
+    call: str, out: Operand, shape: tuple[int, ...], dtype: str, device: int | None, inputs: dict[str, Operand | None]
+) -> None:
+    """Refuse an ``out=`` of another shape, dtype or device, read-only, or whose memory meets an input's."""
+    if out.shape != shape:
+        raise ValueError(f"{call}: out has shape {out.shape}; the result has shape {shape}")
+    if out.dtype != dtype:
+        raise TypeError(f"{call}: out has dtype {out.dtype}; the result has dtype {dtype}")
+    if out.device != device:
+        raise ValueError(f"{call}: out lives on {place(out.device)}; the result belongs on {place(device)}, as x does")
+    if isinstance(out.array, np.ndarray) and not out.array.flags.writeable:
+        raise ValueError(f"{call}: out is read-only")
+    if any(step == 0 and extent > 1 for step, extent in zip(out.array.strides, shape, strict=True)):
+        raise ValueError(f"{call}: out is a broadcast array whose elements share memory; pass one with its own")
+    low, high = byte_bounds(out.array)
+    for name, other in inputs.items():
+        if other is None or other.device != out.device:
+            continue
+        other_low, other_high = byte_bounds(other.array)
+        if low < other_high and other_low < high:
+            raise ValueError(f"{call}: out and {name} overlap in memory; pass an out of its own")
+
+
+def place(device: int | None) -> str:
+    """A device in words."""
+    return "the CPU" if device is None else f"cuda:{device}"

@@ -1,0 +1,1 @@
+"""The implementations: one algorithm, one file. ``gpuconv.dispatch.TABLE`` lists them."""

@@ -1,0 +1,210 @@
+"""im2col + GEMM, written once over an array namespace.
+
+    columns[c·KH·KW + p·KW + q, i·OW + j] = x[n,c, row(i,p), column(j,q)]      y[n] = K (O × C·KH·KW) @ columns
+
+What differs between NumPy and CuPy is three primitives, passed in as ``library``:
+
+- ``im2col(x, rows, columns, i, j, fill, out)``: gather the windows of output rows ``i`` and columns ``j``
+- ``gemm(a, b, out)``: a (g, M, K) times b (n, g, K, P) into out (n, g, M, P), any strides
+- ``epilogue(problem, sums, bias, out)``: bias, activation and the rounding into the result
+
+Columns are made for a chunk at a time and never for the whole problem. A 1×1 convolution of stride 1 without padding
+needs none: its matrix is a view of x. For NHWC the columns keep the channels fastest, as x has them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from gpuconv import dtypes, schedule
+from gpuconv.backends.protocol import Operands, Plan
+from gpuconv.problem import NO_PADS, Conv2dProblem
+
+# BLAS takes its dimensions as 32-bit integers.
+BLAS_LIMIT = 2**31 - 1
+
+
+class Library(Protocol):
+    """An array namespace and its three primitives."""
+
+    xp: Any
+
+    def im2col(self, x: Any, rows: Any, columns: Any, i: slice, j: slice, fill: complex, out: Any) -> None:
+        """Gather windows: x (n, g, C, H, W) into out (n, g, C, KH, KW, rows, columns)."""
+
+    def gemm(self, problem: Conv2dProblem, a: Any, b: Any, out: Any) -> None:
+        """Multiply a (g, M, K) by b (n, g, K, P) into out (n, g, M, P)."""
+
+    def epilogue(self, problem: Conv2dProblem, sums: Any, bias: Any | None, out: Any) -> None:
+        """Finish sums (n, g, O, rows, columns) into out of the same shape; bias is (g, O, 1, 1)."""
+
+
+def is_pointwise(problem: Conv2dProblem) -> bool:
+    """Whether every output reads exactly the pixel at its own position."""
+    return (problem.KH, problem.KW, problem.stride, problem.padding) == (1, 1, (1, 1), NO_PADS)
+
+
+def plan(
+    name: str, problem: Conv2dProblem, limit: int, columns_in: str, sums_in: str, raw_bytes: int = 0
+) -> Plan:
+    """Choose the chunk; ``raw_bytes`` per column element are what im2col needs beside its output."""
+    K, O = problem.products, problem.O // problem.groups
+    element = dtypes.itemsize(columns_in)
+    # Scratch for sums is needed when the result is of another dtype or its strides are none that BLAS takes; integer
+    # sums are converted on their way out.
+    sums = dtypes.itemsize(sums_in) + (8 if dtypes.is_integer(problem.y_dtype) else 0)
+    weights = 2 * problem.O * K * element  # cast, and freed of its zero point
+
+    def scratch(n: int, g: int, rows: int, columns: int) -> int:
+        if rows * columns > BLAS_LIMIT or n * g > BLAS_LIMIT:
+            return limit + 1
+        return n * g * rows * columns * (K * (element + raw_bytes) + O * sums) + weights + problem.table_bytes()
+
+    extents = (problem.N, problem.groups, problem.OH, problem.OW)
+    block = schedule.fit(extents, scratch, limit, f"{name} on {problem}")
+    pointwise = is_pointwise(problem) and columns_in == problem.x_dtype and problem.x_zero_point == 0
+    detail = "1x1: GEMM on views of x" if pointwise else f"im2col of {columns_in} in chunks of {_chunk(block)}"
+    config = {"block": block, "pointwise": pointwise, "columns_in": columns_in}
+    return Plan(problem, scratch(*block), sums_in, detail, config)
+
+
+def _chunk(block: tuple[int, ...]) -> str:
+    n, g, rows, columns = block
+    return f"{n} image(s) × {g} group(s) × {rows}×{columns} pixels"
+
+
+def run(library: Library, plan: Plan, operands: Operands, out: Any) -> None:
+    """Write the convolution of the library's own arrays into ``out``."""
+    problem, xp = plan.problem, library.xp
+    groups = problem.groups
+    channels_last = problem.layout == "NHWC"
+    sums_dtype = dtypes.numpy_dtype(plan.sums_in)
+    matrix = _weights(library, plan, operands, channels_last)
+    # Splitting an axis is a view for any strides.
+    x = operands.x.reshape((problem.N, groups, -1, problem.H, problem.W))
+    y = out.reshape((problem.N, groups, -1, problem.OH, problem.OW))
+    bias = None
+    if operands.bias is not None:
+        wanted = "int64" if dtypes.is_integer(problem.y_dtype) else plan.sums_in
+        bias = operands.bias.astype(dtypes.numpy_dtype(wanted)).reshape((groups, -1, 1, 1))
+    tables = None if plan.config["pointwise"] else problem.tables()
+    in_place = plan.sums_in == problem.y_dtype
+    for n, g, i, j in schedule.blocks((problem.N, groups, problem.OH, problem.OW), plan.config["block"]):
+        target = y[n, g, :, i, j]
+        b = _matrices(x[n, g, :, i, j]) if plan.config["pointwise"] else None
+        c = _matrices(target) if in_place else None
+        if b is None:
+            tables = tables or problem.tables()
+            b = _columns(library, plan, tables, x[n, g], i, j, channels_last)
+        elif c is not None:
+            wide_b, wide_c = _merge_images(b), _merge_images(c)
+            if wide_b is not None and wide_c is not None:
+                b, c = wide_b, wide_c
+        if c is not None:
+            library.gemm(problem, matrix[g], b, c)
+            if bias is not None or problem.activation is not None:
+                library.epilogue(problem, target, None if bias is None else bias[g], target)
+        else:
+            sums = _empty_sums(xp, target.shape, sums_dtype, channels_last)
+            library.gemm(problem, matrix[g], b, _matrices(sums))
+            library.epilogue(problem, sums, None if bias is None else bias[g], target)
+
+
+def _weights(library: Library, plan: Plan, operands: Operands, channels_last: bool) -> Any:
+    """The kernel as matrices (g, O, K), K in the order of the columns, minus its zero point."""
+    problem = plan.problem
+    k = operands.k.transpose(0, 2, 3, 1) if channels_last else operands.k
+    matrix = k.reshape((problem.groups, problem.O // problem.groups, problem.products))
+    matrix = matrix.astype(dtypes.numpy_dtype(plan.config["columns_in"]), copy=False)
+    if operands.k_zero_point is not None:
+        matrix = matrix - operands.k_zero_point.astype(matrix.dtype).reshape((problem.groups, -1, 1))
+    return matrix if has_blas_layout(matrix) else library.xp.ascontiguousarray(matrix)
+
+
+def _columns(library: Library, plan: Plan, tables: Any, x: Any, i: slice, j: slice, channels_last: bool) -> Any:
+    """The windows of one chunk as matrices (n, g, K, P)."""
+    problem = plan.problem
+    n, g, C = x.shape[:3]
+    taps, pixels = (problem.KH, problem.KW), (i.stop - i.start, j.stop - j.start)
+    dtype = dtypes.numpy_dtype(plan.config["columns_in"])
+    K, P = problem.products, pixels[0] * pixels[1]
+    if channels_last:
+        storage = library.xp.empty((n, g, *pixels, *taps, C), dtype)
+        out, matrix = storage.transpose(0, 1, 6, 4, 5, 2, 3), storage.reshape((n, g, P, K)).transpose(0, 1, 3, 2)
+    else:
+        out = library.xp.empty((n, g, C, *taps, *pixels), dtype)
+        matrix = out.reshape((n, g, K, P))
+    # With zero points a padded pixel equals the zero point, so it contributes nothing.
+    library.im2col(x, *tables, i, j, problem.x_zero_point or problem.padding_value, out)
+    if problem.x_zero_point:
+        out -= problem.x_zero_point
+    return matrix
+
+
+def _empty_sums(xp: Any, shape: tuple[int, ...], dtype: Any, channels_last: bool) -> Any:
+    """Uninitialised (n, g, O, rows, columns), in memory in the order of the result."""
+    if not channels_last:
+        return xp.empty(shape, dtype)
+    n, g, O, rows, columns = shape
+    return xp.empty((n, g, rows, columns, O), dtype).transpose(0, 1, 4, 2, 3)
+
+
+def _matrices(array: Any) -> Any | None:
+    """A view of (n, g, C, rows, columns) as (n, g, C, pixels) that BLAS can take, or None where there is none."""
+    rows, columns = array.shape[3:]
+    row_step, column_step = array.strides[3:]
+    if columns == 1:
+        flat = array[..., 0]
+    elif rows == 1:
+        flat = array[..., 0, :]
+    elif row_step == columns * column_step:
+        flat = array.reshape((*array.shape[:3], rows * columns))
+    else:
+        return None
+    return flat if has_blas_layout(flat) else None
+
+
+def _merge_images(matrices: Any) -> Any | None:
+    """A view of (n, g, C, P) as (1, g, C, n·P), which NHWC allows: one GEMM for the whole batch."""
+    n, g, C, P = matrices.shape
+    if n == 1 or matrices.strides[0] != P * matrices.strides[3] or n * P > BLAS_LIMIT:
+        return None
+    return matrices.transpose(1, 2, 0, 3).reshape((g, C, n * P))[None]
+
+
+def blas_layout(shape: tuple[int, int], strides: tuple[int, int]) -> tuple[bool, int] | None:
+    """How BLAS sees a matrix with ``strides`` in elements: (row major?, leading dimension), or None if it cannot.
+
+    An axis of one element has no stride of its own. A leading dimension is at least the contiguous extent.
+    """
+    rows, columns = shape
+    row_step, column_step = strides
+    if columns == 1 or column_step == 1:
+        step = columns if rows == 1 else row_step
+        if step >= columns:
+            return True, step
+    if rows == 1 or row_step == 1:
+        step = rows if columns == 1 else column_step
+        if step >= rows:
+            return False, step
+    return None
+
+
+def has_blas_layout(matrices: Any) -> bool:
+    """Whether BLAS can take each matrix of a stack as it lies, all steps being whole elements."""
+    if any(step % matrices.itemsize for step in matrices.strides):
+        return False
+    steps = [step // matrices.itemsize for step in matrices.strides]
+    return blas_layout(matrices.shape[-2:], (steps[-2], steps[-1])) is not None
+
+
+def plain_epilogue(xp: Any, problem: Conv2dProblem, sums: Any, bias: Any | None, out: Any) -> None:
+    """The epilogue in plain array operations: convert integers, add the bias, rectify, round into ``out``."""
+    if dtypes.is_integer(problem.y_dtype):
+        sums = sums.astype(xp.int64)
+    if bias is not None:
+        xp.add(sums, bias, out=sums)
+    if problem.activation == "relu":
+        xp.maximum(sums, 0, out=sums)
+    if sums is not out:
+        out[...] = sums

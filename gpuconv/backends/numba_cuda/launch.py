@@ -1,0 +1,153 @@
+"""What every kernel's launch needs: is a GPU usable, operands as flat vectors, streams.
+
+A kernel sees an operand as the vector of all elements between its lowest and highest address, with the offset of its
+first element and its strides, so every view is served in place: transposed, stepped, reversed, broadcast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpuconv import arrays
+from gpuconv.backends.numba_cuda import convert
+
+MAX_GRID_X = 2**31 - 1
+
+_REMEDY = 'pip install "gpuconv[cuda13]" (or [cuda12], by the driver)'
+
+
+def unavailable() -> str | None:
+    """Why Numba cannot launch kernels here, with the remedy; None when it can, in the simulator too."""
+    try:
+        from numba import cuda
+    except ModuleNotFoundError as error:
+        if error.name not in ("numba.cuda", "numba_cuda"):
+            raise
+        return f"Numba's CUDA target, numba-cuda, is not installed; {_REMEDY}"
+    if convert.simulated():
+        return None
+    from numba.cuda.cudadrv import driver, nvvm
+
+    if not driver.driver.is_available:
+        # Numba's text is a heading, then the cause, then advice: the cause is its second paragraph's first line.
+        lines = [line.strip(" .:") for line in str(driver.driver.initialization_error).splitlines() if line.strip()]
+        cause = lines[1] if len(lines) > 1 else lines[0]
+        return f"no usable GPU ({cause}); install NVIDIA's driver, or run on a machine with a GPU"
+    if len(cuda.gpus) == 0:
+        return "the CUDA driver reports no GPU; see nvidia-smi and CUDA_VISIBLE_DEVICES"
+    if not nvvm.is_available():
+        return f"NVVM, the CUDA compiler that Numba uses, is missing; {_REMEDY}"
+    return None
+
+
+@dataclass
+class Flat:
+    """An operand as a kernel sees it."""
+
+    vector: Any  # one-dimensional, in device memory
+    offset: int
+    strides: tuple[int, ...]  # in elements
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The kernel arguments of this operand."""
+        return (self.vector, self.offset, *self.strides)
+
+
+def flat(array: Any) -> Flat:
+    """A GPU array in place, or a host array uploaded in its own memory order."""
+    from numba import cuda
+
+    if isinstance(array, np.ndarray):
+        axes = _memory_order(array)
+        dense = np.ascontiguousarray(array.transpose(axes))
+        return Flat(cuda.to_device(_bits(dense.reshape(-1))), 0, _strides(dense, axes))
+    if any(step % array.itemsize for step in array.strides):
+        array = array.copy()
+    low, high = arrays.byte_bounds(array)
+    offset = (int(array.data.ptr) - low) // array.itemsize
+    vector = cuda.as_cuda_array(_Span(array, low, (high - low) // array.itemsize), sync=False)
+    return Flat(vector, offset, tuple(step // array.itemsize for step in array.strides))
+
+
+@contextmanager
+def output(out: Any) -> Iterator[Flat]:
+    """Where the kernel writes ``out``: in place on a GPU, else device memory that is downloaded at the end."""
+    from numba import cuda
+
+    if not isinstance(out, np.ndarray):
+        target = out if all(step % out.itemsize == 0 for step in out.strides) else out.copy()
+        yield flat(target)
+        if target is not out:
+            out[...] = target
+        return
+    axes = _memory_order(out)
+    ordered = out.transpose(axes)
+    host = ordered if ordered.flags.c_contiguous else np.empty(ordered.shape, out.dtype)
+    bits = _bits(host.reshape(-1))
+    vector = cuda.device_array(bits.shape, bits.dtype)
+    yield Flat(vector, 0, _strides(host, axes))
+    vector.copy_to_host(bits)
+    if host is not ordered:
+        ordered[...] = host
+
+
+def _memory_order(array: np.ndarray[Any, Any]) -> list[int]:
+    """The axes from the largest step to the smallest."""
+    return sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
+
+
+def _strides(dense: np.ndarray[Any, Any], axes: list[int]) -> tuple[int, ...]:
+    """The steps, in elements and in the original order of the axes, of an array whose axes were put in order."""
+    strides = [0] * dense.ndim
+    for axis, step in zip(axes, dense.strides, strict=True):
+        strides[axis] = step // dense.itemsize
+    return tuple(strides)
+
+
+def _bits(vector: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The vector in the dtype that kernels see."""
+    return vector.view(convert.BITS.get(vector.dtype.name, vector.dtype.name))
+
+
+class _Span:
+    """The memory of a GPU array as a vector, through ``__cuda_array_interface__`` version 3."""
+
+    def __init__(self, owner: Any, address: int, size: int) -> None:
+        self.owner = owner
+        seen = np.dtype(convert.BITS.get(owner.dtype.name, owner.dtype.name))
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "strides": None,
+            "typestr": seen.str,
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def vector(like: Any, values: Any | None, dtype: np.dtype[Any]) -> Any:
+    """A small contiguous vector on the device that holds ``like``; one zero when there are no values."""
+    from numba import cuda
+
+    if isinstance(like, np.ndarray):
+        host = np.zeros(1, dtype) if values is None else np.ascontiguousarray(values, dtype)
+        return cuda.to_device(host)
+    import cupy
+
+    array = cupy.zeros(1, dtype) if values is None else cupy.ascontiguousarray(cupy.asarray(values), dtype)
+    return flat(array).vector
+
+
+def stream(address: int | None, like: Any) -> Any:
+    """The Numba stream for a launch: the given one, CuPy's current one for CuPy arrays, or the default."""
+    from numba import cuda
+
+    if address is None and not isinstance(like, np.ndarray):
+        import cupy
+
+        address = int(cupy.cuda.get_current_stream().ptr)
+    return cuda.external_stream(address) if address and not convert.simulated() else 0

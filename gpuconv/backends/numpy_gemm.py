@@ -1,0 +1,76 @@
+"""im2col + GEMM in NumPy: the three primitives that ``gemm`` needs, on the CPU's BLAS."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from gpuconv import dtypes
+from gpuconv.backends import gemm as orchestration
+from gpuconv.backends import tables
+from gpuconv.backends.protocol import Operands, Plan, Target
+from gpuconv.geometry import IndexTable
+from gpuconv.problem import Conv2dProblem
+
+NAME = "numpy.gemm"
+DEVICE = "cpu"
+ARRAYS = "numpy"
+
+xp = np
+
+
+def unavailable() -> None:
+    """Nothing: NumPy is always here."""
+
+
+def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
+    """BLAS multiplies floating point only; 64-bit integers would take loops slower than the reference."""
+    if _columns_in(problem) == "int64":
+        return [f"no matrix product is exact for sums of {problem.x_dtype} beyond 2**53; numpy.reference serves them"]
+    if max(problem.products, problem.O // problem.groups) > orchestration.BLAS_LIMIT:
+        return ["a matrix dimension of 2**31 or more, which BLAS cannot take"]
+    return []
+
+
+def _columns_in(problem: Conv2dProblem) -> str:
+    """float64 sums of integers are exact below 2^53, and run through BLAS."""
+    if dtypes.is_integer(problem.y_dtype):
+        return "float64" if problem.largest_sum() < 2**53 else "int64"
+    return problem.sum_dtype
+
+
+def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
+    """Choose the chunk."""
+    dtype = _columns_in(problem)
+    return orchestration.plan(NAME, problem, limit, dtype, dtype)
+
+
+def run(plan: Plan, operands: Operands, out: Any) -> None:
+    """Write the convolution of NumPy operands into ``out``."""
+    with np.errstate(all="ignore"):  # infinities and NaN are results here, not accidents
+        orchestration.run(sys.modules[__name__], plan, operands, out)
+
+
+def im2col(x: Any, rows: IndexTable, columns: IndexTable, i: slice, j: slice, fill: complex, out: Any) -> None:
+    """Gather windows: x (n, g, C, H, W) into out (n, g, C, KH, KW, rows, columns), tap by tap."""
+    for p in range(out.shape[3]):
+        row = rows.tap(p, i.start, i.stop)
+        for q in range(out.shape[4]):
+            tables.gather(x, row, columns.tap(q, j.start, j.stop), fill, out[:, :, :, p, q])
+
+
+def gemm(problem: Conv2dProblem, a: Any, b: Any, out: Any) -> None:
+    """Multiply a (g, M, K) by b (n, g, K, P) into out (n, g, M, P)."""
+    layout = orchestration.blas_layout(out.shape[2:], tuple(step // out.itemsize for step in out.strides[2:]))
+    if layout is not None and not layout[0]:
+        # NumPy hands a product to BLAS only when its rows are contiguous: (K·columns)ᵀ = columnsᵀ·Kᵀ.
+        np.matmul(b.swapaxes(-1, -2), a.swapaxes(-1, -2), out=out.swapaxes(-1, -2))
+    else:
+        np.matmul(a, b, out=out)
+
+
+def epilogue(problem: Conv2dProblem, sums: Any, bias: Any | None, out: Any) -> None:
+    """Finish sums (n, g, O, rows, columns) into out of the same shape; bias is (g, O, 1, 1)."""
+    orchestration.plain_epilogue(np, problem, sums, bias, out)

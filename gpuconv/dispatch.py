@@ -1,0 +1,197 @@
+"""Which implementation runs: the table, the rules of preference, and the choice.
+
+Three questions stay apart. *Valid?* is the problem's own. *Can?* is what each implementation answers, with reasons.
+*Should?* is the order of the table and the rules beside it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from gpuconv.backends.protocol import Implementation, Plan, Target
+from gpuconv.errors import DeviceFallbackWarning, NoBackendError
+from gpuconv.problem import Conv2dProblem
+
+# Best first, per device. Each name is a module of gpuconv.backends.
+TABLE = ("cupy.gemm", "numba_cuda.direct", "numpy.gemm", "numpy.reference")
+MODULES = {
+    "cupy.gemm": "cupy_gemm",
+    "numba_cuda.direct": "numba_cuda.direct",
+    "numpy.gemm": "numpy_gemm",
+    "numpy.reference": "numpy_reference",
+}
+DEVICES = {"cupy": "cuda", "numba_cuda": "cuda", "numpy": "cpu"}
+
+
+def preferred(problem: Conv2dProblem, device: str) -> tuple[list[str], str]:
+    """The table's names for ``device``, best first for this problem, and the rule that put the first there."""
+    names = [name for name in TABLE if DEVICES[library_of(name)] == device]
+    if device == "cuda" and problem.O // problem.groups < 8:
+        # A GEMM this thin reads far more than it computes, and im2col writes all of it first. Not measured yet.
+        names.sort(key=lambda name: name != "numba_cuda.direct")
+        return names, "fewer than 8 output channels per group: too thin for a matrix product"
+    return names, "first in the table that can run"
+
+
+def library_of(name: str) -> str:
+    """The library of an implementation's name."""
+    return name.partition(".")[0]
+
+
+def implementation(name: str) -> Implementation:
+    """The implementation called ``name``, imported when first asked for."""
+    module: Any = importlib.import_module(f"gpuconv.backends.{MODULES[name]}")
+    return module  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs, and why nothing else does."""
+
+    name: str
+    plan: Plan
+    why: str
+    rejected: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def candidates(backend: str | None) -> tuple[str, ...] | None:
+    """The implementations that ``backend`` names, or None when it names none."""
+    if backend is None:
+        return TABLE
+    return tuple(name for name in TABLE if backend in (name, library_of(name))) or None
+
+
+def check_backend(call: str, backend: Any) -> None:
+    """Refuse a ``backend`` that names neither a library nor an implementation."""
+    if backend is not None and (not isinstance(backend, str) or candidates(backend) is None):
+        known = ", ".join((*dict.fromkeys(map(library_of, TABLE)), *TABLE))
+        raise ValueError(f"{call}: backend must be one of {known}; got {backend!r}")
+
+
+def reasons(name: str, problem: Conv2dProblem, target: Target) -> list[str]:
+    """Every reason why ``name`` cannot run ``problem`` here."""
+    module = implementation(name)
+    missing = module.unavailable()
+    return [missing] if missing is not None else module.unsupported(problem, target)
+
+
+@lru_cache(maxsize=1024)
+def choose(call: str, problem: Conv2dProblem, target: Target, backend: str | None, limit: int) -> Choice:
+    """The first implementation, in order of preference, that can run ``problem`` on ``target`` within ``limit``.
+
+    Raises
+    ------
+    NoBackendError
+        When none can; it lists every candidate with its reasons.
+    MemoryError
+        When one could, had it more than ``limit`` bytes of scratch.
+    """
+    names, why = preferred(problem, target.device)
+    if backend is not None:
+        names = [name for name in names if name in (candidates(backend) or ())]
+        why = f"backend={backend!r} asked for it"
+    rejected: list[tuple[str, tuple[str, ...]]] = []
+    shortage: MemoryError | None = None
+    for name in names:
+        found = reasons(name, problem, target)
+        if not found:
+            try:
+                plan = implementation(name).plan(problem, target, limit)
+            except MemoryError as error:
+                shortage, found = shortage or error, [str(error)]
+            else:
+                return Choice(name, plan, why if not rejected else "the first that can run", tuple(rejected))
+        rejected.append((name, tuple(found)))
+    if shortage is not None:
+        raise MemoryError(f"{call}: {shortage}")
+    lines = [f"    {name}: {reason}" for name, found in rejected for reason in found]
+    raise NoBackendError("\n".join([f"{call}: nothing can run {problem} on {target}", *lines]))
+
+
+def gpu_missing() -> list[tuple[str, str]]:
+    """The CUDA implementations with the reason why each is unusable; empty as soon as one is usable."""
+    found = []
+    for name in TABLE:
+        if DEVICES[library_of(name)] == "cuda":
+            reason = implementation(name).unavailable()
+            if reason is None:
+                return []
+            found.append((name, reason))
+    return found
+
+
+def parse_device(call: str, device: Any) -> tuple[str | None, int | None]:
+    """``device`` as (None, "cpu", "cuda" or "auto"; ordinal)."""
+    if device is None or device in ("cpu", "cuda", "auto"):
+        return device, None
+    match = re.fullmatch(r"cuda:(\d{1,4})", device) if isinstance(device, str) else None
+    if match is None:
+        raise ValueError(f"{call}: device must be None, 'cpu', 'cuda', 'cuda:<ordinal>' or 'auto'; got {device!r}")
+    return "cuda", int(match[1])
+
+
+def resolve(call: str, device: Any, backend: Any, home: int | None, stacklevel: int = 3) -> Target:
+    """Where to run: from what was asked for and the GPU ``home`` that holds x (None for host memory).
+
+    A GPU that was asked for and is not there gives the CPU and a DeviceFallbackWarning, or what
+    ``GPUCONV_FALLBACK`` says.
+    """
+    kind, ordinal = parse_device(call, device)
+    check_backend(call, backend)
+    if backend is not None:
+        implied = DEVICES[library_of(backend)]
+        if kind not in (None, "auto", implied):
+            raise ValueError(f"{call}: backend={backend!r} runs on the {implied}; it contradicts device={device!r}")
+        if implied == "cpu":
+            return Target("cpu")
+        if all(implementation(name).unavailable() is not None for name in candidates(backend) or ()):
+            return Target("cuda", ordinal)  # a forced backend never falls back: choose() refuses it with its reasons
+        return _gpu(call, ordinal, home)
+    if kind == "cpu" or (kind is None and home is None):
+        return Target("cpu")
+    missing = gpu_missing()
+    if kind == "auto" and home is None and (missing or simulated()):
+        return Target("cpu")
+    if not missing:
+        return _gpu(call, ordinal, home)
+    details = "; ".join(f"{name}: {reason}" for name, reason in missing)
+    message = f"{call}: device={device!r} fell back to the CPU, because no GPU is usable ({details})"
+    policy = os.environ.get("GPUCONV_FALLBACK", "warn")
+    if policy not in ("warn", "error", "silent"):
+        raise ValueError(f"GPUCONV_FALLBACK must be warn, error or silent; got {policy!r}")
+    if policy == "error":
+        raise NoBackendError(message)
+    if policy == "warn":
+        warnings.warn(message, DeviceFallbackWarning, stacklevel=stacklevel)
+    return Target("cpu")
+
+
+def _gpu(call: str, ordinal: int | None, home: int | None) -> Target:
+    count, current = _gpus()
+    if ordinal is not None and ordinal >= count:
+        raise ValueError(f"{call}: device='cuda:{ordinal}' does not exist; this machine has {count} GPU(s)")
+    return Target("cuda", ordinal if ordinal is not None else home if home is not None else current)
+
+
+def _gpus() -> tuple[int, int]:
+    """Number of GPUs, and the ordinal of the current one."""
+    if implementation("cupy.gemm").unavailable() is None:
+        import cupy
+
+        return int(cupy.cuda.runtime.getDeviceCount()), int(cupy.cuda.Device().id)
+    from numba import cuda
+
+    return len(cuda.gpus), int(cuda.get_current_device().id)
+
+
+def simulated() -> bool:
+    """Whether Numba's simulator stands in for a GPU."""
+    from gpuconv.backends.numba_cuda import convert
+
+    return convert.simulated()

@@ -1,0 +1,257 @@
+"""``explain``: what would run, what would not and why, and what it costs; from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpuconv import api, arrays, dispatch, dtypes
+from gpuconv.backends.protocol import Plan, Target
+from gpuconv.errors import NoBackendError
+from gpuconv.problem import Conv2dProblem
+
+_PROMISES = {
+    "highest": "every element within the a-priori bound of a direct sum",
+    "high": "relative L2 error at most 2e-5 (float32)",
+    "medium": "relative L2 error at most 1e-3 (float32)",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row of the table of implementations."""
+
+    name: str
+    device: str
+    chosen: bool
+    reasons: tuple[str, ...]  # why it does not run; of the chosen one, why it does
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of ``explain``; printing it gives the report.
+
+    ``implementation`` is None when nothing can run the problem as asked. ``plan`` holds its chunks and scratch.
+    """
+
+    problem: Conv2dProblem
+    target: Target
+    implementation: str | None
+    plan: Plan | None
+    table: tuple[Verdict, ...]
+    note: str | None = None  # a fallback to the CPU, or why nothing can run
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """(N, O, OH, OW), whatever the layout."""
+        return self.problem.y_shape
+
+    @property
+    def padding(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """((top, bottom), (left, right)), names resolved."""
+        return self.problem.padding
+
+    @property
+    def flops(self) -> int:
+        """Operations of the direct algorithm."""
+        return self.problem.flops
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of operands and result, each once."""
+        return self.problem.bytes
+
+    @property
+    def workspace(self) -> int | None:
+        """Bytes of scratch, at most; None when nothing can run."""
+        return None if self.plan is None else self.plan.workspace
+
+    @property
+    def accumulation(self) -> str | None:
+        """The dtype that products are summed in; None when nothing can run."""
+        return None if self.plan is None else self.plan.sums_in
+
+    def __str__(self) -> str:
+        p = self.problem
+        pads = f"rows {p.padding[0]}, columns {p.padding[1]}, {p.padding_mode}"
+        fill = p.x_zero_point or p.padding_value
+        pads += f" {fill}" if p.padding_mode == "constant" and p.padding != ((0, 0), (0, 0)) else ""
+        rows = [
+            ("problem", str(p)),
+            ("runs", f"{self.implementation} on {self.target}" if self.implementation else "nothing"),
+            ("output", f"N {p.N} × O {p.O} × OH {p.OH} × OW {p.OW}, {p.y_dtype}, {p.layout}"),
+            ("padding", pads),
+            ("work", f"{_scaled(p.flops, 'FLOP', 1000)}, {p.products} products per output"),
+            ("traffic", f"{_scaled(p.bytes, 'B', 1024)} in and out, {p.flops / max(p.bytes, 1):.1f} FLOP/B"),
+        ]
+        if self.plan is not None:
+            rows += [
+                ("workspace", f"at most {_scaled(self.plan.workspace, 'B', 1024)}"),
+                ("sums in", self.plan.sums_in),
+                ("how", self.plan.detail),
+            ]
+        rows.append(("precision", f"{p.precision}: {_PROMISES[p.precision]}"))
+        lines = [f"{name:<10} {value}" for name, value in rows]
+        lines += ["", "implementations, best first"]
+        width = max((len(verdict.name) for verdict in self.table), default=0)
+        for verdict in self.table:
+            mark = "→" if verdict.chosen else " "
+            for reason in verdict.reasons:
+                lines.append(f"{mark} {verdict.name:<{width}}  {verdict.device:<4}  {reason}")
+        if self.note:
+            lines += ["", self.note]
+        return "\n".join(lines)
+
+
+def explain(
+    x: Any,
+    k: Any = None,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "constant",
+    padding_value: complex = 0,
+    flip: bool = False,
+    layout: str = "NCHW",
+    kernel_layout: str = "OIHW",
+    activation: str | None = None,
+    x_zero_point: Any = 0,
+    k_zero_point: Any = 0,
+    dtype: Any = None,
+    precision: str = "highest",
+    out: Any = None,
+    device: str | None = None,
+    backend: str | None = None,
+    workspace_limit: int | None = None,
+    stream: Any = None,
+    input_dtype: Any = "float32",
+) -> Explanation:
+    """Say what ``conv2d`` would run with the same arguments, and why; nothing is computed.
+
+    Parameters
+    ----------
+    x, k : array_like, or tuple of int
+        As for ``conv2d``; a tuple of integers stands for an array of that shape and of ``input_dtype``. Or ``x`` alone,
+        as a problem line such as ``"n8c3h224w224_o64kh7kw7_s2p3_f32"``.
+    bias : array_like or bool, optional
+        As for ``conv2d``; True stands for a bias that is not at hand.
+    input_dtype : dtype, default "float32"
+        Of arguments given as shapes.
+    device : str, optional
+        As for ``conv2d``. With ``"cuda"`` on a machine without a GPU the report lists what is missing, and still says
+        what every CUDA implementation thinks of the problem.
+    stride, padding, dilation, groups, padding_mode, padding_value, flip, layout, kernel_layout, activation, \
+x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, stream
+        As for ``conv2d``. ``out`` and ``stream`` change nothing.
+
+    Returns
+    -------
+    Explanation
+        Problem line, chosen implementation, every other one with its reasons, resolved padding, output shape, FLOPs,
+        bytes, workspace, accumulation dtype and precision, as attributes and in print.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As ``conv2d``, for arguments that it would refuse.
+
+    Examples
+    --------
+    >>> explain((8, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3).output_shape
+    (8, 64, 112, 112)
+    """
+    call = "explain"
+    home = None
+    if isinstance(x, str):
+        if k is not None:
+            raise TypeError(f"{call}: a problem line stands for all arguments, so k must be left out; got k={k!r}")
+        problem = Conv2dProblem.parse(x)
+    else:
+        if k is None:
+            raise TypeError(f"{call}: k is missing; pass both x and k, or one problem line")
+        x_shape, x_dtype, home = _described(call, "x", x, input_dtype)
+        k_shape, k_dtype, _ = _described(call, "k", k, input_dtype)
+        problem = Conv2dProblem.of(
+            x_shape, k_shape, call=call, x_dtype=x_dtype, k_dtype=k_dtype, dtype=dtype,
+            bias=bias is not None and bias is not False, stride=stride, padding=padding, dilation=dilation,
+            groups=groups, padding_mode=padding_mode, padding_value=padding_value, flip=flip, layout=layout,
+            kernel_layout=kernel_layout, activation=activation, x_zero_point=x_zero_point,
+            k_zero_point=api.as_zero_points(call, k_zero_point, k_dtype) is not None, precision=precision,
+        )  # fmt: skip
+        if bias is not None and not isinstance(bias, bool):
+            api.check_bias(call, api.as_bias(call, bias), problem)
+    limit = api.workspace(call, workspace_limit)
+    kind, _ = dispatch.parse_device(call, device)
+    dispatch.check_backend(call, backend)
+
+    wants_gpu = (kind == "cuda" or (kind is None and home is not None)) and backend is None
+    missing = dispatch.gpu_missing() if wants_gpu else []
+    note = None
+    if missing:
+        target = Target("cpu")
+        note = f"device={device!r} finds no usable GPU here, so conv2d would warn and run on the CPU. "
+        names, why = dispatch.preferred(problem, "cuda")
+        able = [name for name in names if not dispatch.implementation(name).unsupported(problem, Target("cuda", 0))]
+        note += f"On a GPU machine {able[0]} would run ({why if able[0] == names[0] else 'the first that can'})."
+    else:
+        target = dispatch.resolve(call, device, backend, home)
+    try:
+        choice = dispatch.choose(call, problem, target, backend, limit)
+    except (NoBackendError, MemoryError) as error:
+        return Explanation(problem, target, None, None, _table(problem, target, backend, None), str(error))
+    return Explanation(problem, target, choice.name, choice.plan, _table(problem, target, backend, choice), note)
+
+
+def _described(call: str, name: str, value: Any, input_dtype: Any) -> tuple[tuple[int, ...], str, int | None]:
+    """Shape, dtype and GPU of an argument that may be a shape."""
+    if isinstance(value, tuple) and all(isinstance(extent, (int, np.integer)) for extent in value):
+        if any(extent < 0 for extent in value):
+            raise ValueError(f"{call}: {name} has a negative extent, {value}")
+        return tuple(map(int, value)), dtypes.name_of(call, "input_dtype", input_dtype), None
+    operand = arrays.operand(call, name, value)
+    return operand.shape, operand.dtype, operand.device
+
+
+def _table(
+    problem: Conv2dProblem, target: Target, backend: str | None, choice: dispatch.Choice | None
+) -> tuple[Verdict, ...]:
+    """Every implementation with its verdict: the asked device's first, in order of preference."""
+    rejected = dict(choice.rejected) if choice is not None else {}
+    devices = (target.device, "cuda" if target.device == "cpu" else "cpu")
+    verdicts = []
+    for device in devices:
+        for name in dispatch.preferred(problem, device)[0]:
+            here = target if device == target.device else Target(device, 0 if device == "cuda" else None)
+            chosen = choice is not None and choice.name == name
+            if chosen and choice is not None:
+                found: tuple[str, ...] = (choice.why,)
+            else:
+                found = rejected.get(name, tuple(dispatch.reasons(name, problem, here)))
+                # What is missing on the machine hides what the problem needs: say both.
+                if dispatch.implementation(name).unavailable() is not None:
+                    unsupported = dispatch.implementation(name).unsupported(problem, here)
+                    found = (*found, *unsupported)
+            if not found and device != target.device:
+                found = (f"can run; not asked for (device={target.device!r})",)
+            elif not found and backend is not None and name not in (dispatch.candidates(backend) or ()):
+                found = (f"can run; backend={backend!r} was forced",)
+            elif not found:
+                found = ("can run; comes later in the order",)
+            verdicts.append(Verdict(name, device, chosen, found))
+    return tuple(verdicts)
+
+
+def _scaled(value: int, unit: str, base: int) -> str:
+    """``value`` with a prefix: 1.2 GFLOP, 3.4 MiB."""
+    infix = "i" if base == 1024 else ""
+    number, prefix = float(value), ""
+    for prefix_next in "kMGTPE" if base == 1000 else "KMGTPE":
+        if number < base:
+            break
+        number, prefix = number / base, prefix_next + infix
+    return f"{value} {unit}" if not prefix else f"{number:.4g} {prefix}{unit}"

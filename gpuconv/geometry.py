@@ -1,0 +1,317 @@
+"""The arithmetic of a convolution's sizes: pure integers, no arrays of data.
+
+Every size in gpuconv comes from here, in Python integers that cannot overflow. What a window reads comes from
+here too: an index table gives, for each output position and kernel tap, the index of the source element, or -1
+where the padding constant stands. Every backend, and ``trace``, reads these tables, so padding modes need no
+code of their own anywhere else.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+Pair = tuple[int, int]
+Pads = tuple[Pair, Pair]
+
+# stride, padding and dilation stay below this, so that i*stride + p*dilation of two of them fits 64 bits.
+STEP_LIMIT = 2**31
+
+PADDING_NAMES = ("valid", "same", "same_upper", "same_lower", "full")
+PADDING_MODES = ("constant", "reflect", "symmetric", "edge", "wrap")
+PADDING_MODE_ALIASES = {"zeros": "constant", "replicate": "edge", "circular": "wrap"}
+
+
+def as_integer(call: str, name: str, value: Any, minimum: int, limit: int | None = STEP_LIMIT) -> int:
+    """``value`` as an int in [minimum, limit), refusing floats (1.0) and booleans (True)."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        result = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{call}: {name} must be an integer; got {value!r} of type {type(value).__name__}") from None
+    if result < minimum:
+        raise ValueError(f"{call}: {name} must be at least {minimum}; got {result}")
+    if limit is not None and result >= limit:
+        raise ValueError(f"{call}: {name} must be below {limit}; got {result}")
+    return result
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes)) and np.ndim(value) > 0
+
+
+def as_pair(call: str, name: str, value: Any, minimum: int) -> Pair:
+    """``value`` (an integer, or one per axis) as (rows, columns)."""
+    if not _is_sequence(value):
+        integer = as_integer(call, name, value, minimum)
+        return integer, integer
+    if len(value) != 2:
+        raise ValueError(f"{call}: {name} must be an integer or a pair (rows, columns); got {value!r}")
+    first, second = (as_integer(call, f"{name}[{axis}]", item, minimum) for axis, item in enumerate(value))
+    return first, second
+
+
+def window(k: int, dilation: int) -> int:
+    """Extent of a dilated kernel: ``dilation·(k - 1) + 1``."""
+    return dilation * (k - 1) + 1
+
+
+def _named_padding(name: str, n: int, k: int, stride: int, dilation: int) -> Pair:
+    if name == "valid":
+        return 0, 0
+    if name == "full":
+        return dilation * (k - 1), dilation * (k - 1)
+    # "same": ceil(n / stride) outputs; TensorFlow's rule, by which the odd pixel goes to the end.
+    total = max(0, (-(-n // stride) - 1) * stride + window(k, dilation) - n)
+    small, large = total // 2, total - total // 2
+    return (large, small) if name == "same_lower" else (small, large)
+
+
+def _check_padding_name(call: str, name: str) -> None:
+    if name not in PADDING_NAMES:
+        known = ", ".join(repr(known) for known in PADDING_NAMES)
+        raise ValueError(
+            f"{call}: padding must be one of {known}, an integer, (rows, columns) or "
+            f"((top, bottom), (left, right)); got {name!r}"
+        )
+
+
+def resolve_padding(call: str, padding: Any, sizes: Pair, kernel: Pair, stride: Pair, dilation: Pair) -> Pads:
+    """Padding in any accepted form as ((top, bottom), (left, right))."""
+    if isinstance(padding, str):
+        _check_padding_name(call, padding)
+        rows, columns = (_named_padding(padding, *axis) for axis in zip(sizes, kernel, stride, dilation, strict=True))
+        return rows, columns
+    if not _is_sequence(padding):
+        both = as_integer(call, "padding", padding, 0)
+        return (both, both), (both, both)
+    if len(padding) == 4:
+        raise ValueError(
+            f"{call}: padding as a flat sequence of four is ambiguous (ONNX and PyTorch order it differently); "
+            f"write it as ((top, bottom), (left, right)); got {padding!r}"
+        )
+    if len(padding) != 2:
+        raise ValueError(
+            f"{call}: padding must be an integer, (rows, columns), ((top, bottom), (left, right)) or a name; "
+            f"got {padding!r}"
+        )
+    nested = [_is_sequence(item) for item in padding]
+    if any(nested) != all(nested):
+        raise ValueError(
+            f"{call}: padding must give both axes in the same form, (rows, columns) or "
+            f"((top, bottom), (left, right)); got {padding!r}"
+        )
+    if not all(nested):
+        rows, columns = (as_integer(call, f"padding[{axis}]", item, 0) for axis, item in enumerate(padding))
+        return (rows, rows), (columns, columns)
+    top_bottom, left_right = (as_pair(call, f"padding[{axis}]", item, 0) for axis, item in enumerate(padding))
+    return top_bottom, left_right
+
+
+def output_extent(n: int, k: int, pads: Pair, stride: int, dilation: int) -> int:
+    """``floor((n + lo + hi - window) / stride) + 1``; below 1 when the kernel does not fit."""
+    return (n + sum(pads) - window(k, dilation)) // stride + 1
+
+
+def output_size(n: int, k: int, padding: int | Pair | str = 0, stride: int = 1, dilation: int = 1) -> int:
+    """Output positions of a convolution along one axis.
+
+    Parameters
+    ----------
+    n, k : int
+        Extent of the input and of the kernel, in elements.
+    padding : int, (before, after) or str, default 0
+        Elements added on each side, or ``"valid"``, ``"same"``, ``"same_upper"``, ``"same_lower"``, ``"full"``.
+    stride, dilation : int, default 1
+        Step of the window, and spacing of the kernel's taps.
+
+    Returns
+    -------
+    int
+        ``floor((n + before + after - dilation·(k - 1) - 1) / stride) + 1``, in exact integers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When an argument is not an integer in range, or the dilated kernel is larger than the padded input.
+
+    Notes
+    -----
+    The formula of Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", relationship 6.
+
+    Examples
+    --------
+    >>> output_size(5, 3)
+    3
+    >>> output_size(224, 7, padding=3, stride=2)
+    112
+    """
+    call = "output_size"
+    n = as_integer(call, "n", n, 0, None)
+    k = as_integer(call, "k", k, 1, None)
+    stride = as_integer(call, "stride", stride, 1)
+    dilation = as_integer(call, "dilation", dilation, 1)
+    if isinstance(padding, str):
+        _check_padding_name(call, padding)
+        pads = _named_padding(padding, n, k, stride, dilation)
+    else:
+        pads = as_pair(call, "padding", padding, 0)
+    require_fit(call, (n,), (k,), (pads,), (dilation,))
+    return output_extent(n, k, pads, stride, dilation)
+
+
+def require_fit(
+    call: str, sizes: Iterable[int], kernel: Iterable[int], pads: Iterable[Pair], dilation: Iterable[int]
+) -> None:
+    """Raise ValueError, quoting both sizes, unless the dilated kernel fits in the padded input on every axis."""
+    padded = tuple(n + sum(pad) for n, pad in zip(sizes, pads, strict=True))
+    windows = tuple(window(k, d) for k, d in zip(kernel, dilation, strict=True))
+    if any(w > n for w, n in zip(windows, padded, strict=True)):
+        raise ValueError(
+            f"{call}: the dilated kernel ({_by(windows)}) is larger than the padded input ({_by(padded)}); "
+            "pad the input, or use a smaller kernel or dilation"
+        )
+
+
+def _by(extents: Sequence[int]) -> str:
+    return "×".join(map(str, extents))
+
+
+def receptive_field(layers: Iterable[int | Sequence[int]]) -> int:
+    """Extent of the input that one output of a stack of layers depends on, along one axis.
+
+    Parameters
+    ----------
+    layers : iterable of int, (k,), (k, stride) or (k, stride, dilation)
+        The layers from input to output.
+
+    Returns
+    -------
+    int
+        ``1 + Σ_l dilation_l·(k_l - 1)·Π_{m<l} stride_m``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When a layer is not made of one to three integers of at least 1.
+
+    Examples
+    --------
+    >>> receptive_field([(3, 1, 1), (3, 1, 1)])
+    5
+    """
+    call = "receptive_field"
+    field, jump = 1, 1
+    for position, layer in enumerate(layers):
+        values = tuple(layer) if _is_sequence(layer) else (layer,)  # type: ignore[arg-type]
+        if not 1 <= len(values) <= 3:
+            raise ValueError(f"{call}: layers[{position}] must be (k, stride, dilation); got {layer!r}")
+        k, stride, dilation = (
+            as_integer(call, f"layers[{position}][{i}]", value, 1) for i, value in enumerate((*values, 1, 1)[:3])
+        )
+        field += dilation * (k - 1) * jump
+        jump *= stride
+    return field
+
+
+def parameter_count(
+    out_channels: int, in_channels: int, kernel_size: int | Pair, groups: int = 1, bias: bool = True
+) -> int:
+    """Learnable parameters of a convolution layer.
+
+    Parameters
+    ----------
+    out_channels, in_channels : int
+        Filters, and channels of the input.
+    kernel_size : int or (KH, KW)
+        Extent of the kernel.
+    groups : int, default 1
+        Number of groups; divides both channel counts.
+    bias : bool, default True
+        Whether each filter has a bias.
+
+    Returns
+    -------
+    int
+        ``out_channels · (in_channels / groups · KH · KW + 1)``, without the 1 when there is no bias.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When an argument is not an integer in range or ``groups`` does not divide the channels.
+
+    Examples
+    --------
+    >>> parameter_count(64, 3, 3)
+    1792
+    """
+    call = "parameter_count"
+    out_channels = as_integer(call, "out_channels", out_channels, 1, None)
+    in_channels = as_integer(call, "in_channels", in_channels, 0, None)
+    groups = as_integer(call, "groups", groups, 1, None)
+    kh, kw = as_pair(call, "kernel_size", kernel_size, 1)
+    for name, channels in (("out_channels", out_channels), ("in_channels", in_channels)):
+        if channels % groups:
+            raise ValueError(f"{call}: groups must divide {name}; got groups={groups}, {name}={channels}")
+    return out_channels * (in_channels // groups * kh * kw + bool(bias))
+
+
+def source_index(position: IntArray, n: int, mode: str) -> IntArray:
+    """Source element at each position of a padded axis; -1 where the constant stands.
+
+    Position 0 is the first element of the unpadded axis of extent ``n``; the modes are those of ``numpy.pad``,
+    continued periodically when the padding is larger than the axis.
+    """
+    if mode == "constant":
+        return np.where((position >= 0) & (position < n), position, -1)
+    if mode == "edge":
+        return np.clip(position, 0, n - 1)
+    if mode == "wrap":
+        return position % n
+    if mode == "symmetric":
+        folded = position % (2 * n)
+        return np.where(folded < n, folded, 2 * n - 1 - folded)
+    period = max(2 * (n - 1), 1)  # reflect; an axis of one element has nothing to reflect but itself
+    folded = position % period
+    return np.where(folded < n, folded, period - folded)
+
+
+@dataclass(frozen=True)
+class IndexTable:
+    """Where the windows of one axis read: tap ``p`` of output ``i`` reads ``index[i·outer + p·inner]``."""
+
+    index: IntArray
+    outer: int
+    inner: int
+
+    def tap(self, p: int, start: int, stop: int) -> IntArray:
+        """Source indices of tap ``p`` for the outputs ``start`` to ``stop``."""
+        return self.index[start * self.outer + p * self.inner :: self.outer][: stop - start]
+
+
+def _table_extents(k: int, outputs: int, stride: int, dilation: int) -> Pair:
+    return (outputs - 1) * stride + window(k, dilation), outputs * k
+
+
+def index_table_size(k: int, outputs: int, stride: int, dilation: int) -> int:
+    """Entries of the table that ``index_table`` makes."""
+    return min(_table_extents(k, outputs, stride, dilation))
+
+
+def index_table(n: int, k: int, outputs: int, before: int, stride: int, dilation: int, mode: str) -> IndexTable:
+    """The table of one axis: per padded position, or per output and tap where that is shorter.
+
+    The second form keeps the table small when the padding, stride or dilation is huge: only what is read counts.
+    """
+    by_position, by_tap = _table_extents(k, outputs, stride, dilation)
+    if by_position <= by_tap:
+        return IndexTable(source_index(np.arange(by_position) - before, n, mode), stride, dilation)
+    position = np.arange(outputs)[:, None] * stride + np.arange(k) * dilation - before
+    return IndexTable(source_index(position.ravel(), n, mode), k, 1)

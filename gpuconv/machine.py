@@ -1,0 +1,87 @@
+"""``info``: what this machine can run, and what is missing for the rest; ``clear``: release what is kept."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+
+from gpuconv import dispatch
+from gpuconv._version import __version__
+
+_PACKAGES = ("numpy", "numba", "numba-cuda", "cupy-cuda13x", "cupy-cuda12x", "cupy", "ml_dtypes", "torch")
+
+
+@dataclass(frozen=True)
+class Info:
+    """The answer of ``info``; printing it gives the report."""
+
+    versions: dict[str, str]
+    gpus: tuple[str, ...]
+    implementations: dict[str, str | None]  # name -> None when usable, else why not and the remedy
+
+    def __str__(self) -> str:
+        lines = [f"gpuconv {__version__}, Python {platform.python_version()}, {platform.platform()}"]
+        lines += ["CPU: " + (platform.processor() or platform.machine()) + f", {os.cpu_count()} threads"]
+        lines += [f"GPU: {gpu}" for gpu in self.gpus] or ["GPU: none usable"]
+        lines += ["", "Packages"]
+        lines += [f"  {name:<14} {version}" for name, version in self.versions.items()]
+        lines += ["", "Implementations, best first per device"]
+        width = max(map(len, self.implementations))
+        for name, reason in self.implementations.items():
+            device = dispatch.DEVICES[dispatch.library_of(name)]
+            lines.append(f"  {name:<{width}}  {device:<4}  {'ready' if reason is None else reason}")
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """What is usable on this machine, and for everything else why not and what to do about it.
+
+    Returns
+    -------
+    Info
+        Versions of the libraries found, the GPUs, and each implementation with its state. ``print`` it.
+    """
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    implementations = {name: dispatch.implementation(name).unavailable() for name in dispatch.TABLE}
+    return Info(versions, tuple(_gpus()), implementations)
+
+
+def _gpus() -> list[str]:
+    if dispatch.gpu_missing():
+        return []
+    if dispatch.implementation("cupy.gemm").unavailable() is None:
+        import cupy
+
+        names = []
+        for ordinal in range(cupy.cuda.runtime.getDeviceCount()):
+            facts = cupy.cuda.runtime.getDeviceProperties(ordinal)
+            memory = facts["totalGlobalMem"] / 2**30
+            capability = f"sm_{facts['major']}{facts['minor']}"
+            names.append(f"cuda:{ordinal} {facts['name'].decode()}, {capability}, {memory:.0f} GiB")
+        return names
+    if dispatch.simulated():
+        return ["Numba's CUDA simulator (NUMBA_ENABLE_CUDASIM=1): correct, and very slow"]
+    from numba import cuda
+
+    names = []
+    for device in cuda.list_devices():
+        name = device.name.decode() if isinstance(device.name, bytes) else device.name
+        major, minor = device.compute_capability
+        names.append(f"cuda:{device.id} {name}, sm_{major}{minor}")
+    return names
+
+
+def clear() -> None:
+    """Release cached plans, compiled kernels' handles and what CuPy's pools hold free."""
+    dispatch.choose.cache_clear()
+    direct = sys.modules.get("gpuconv.backends.numba_cuda.direct")
+    if direct is not None:
+        direct.kernel.cache_clear()

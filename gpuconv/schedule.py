@@ -1,0 +1,42 @@
+"""Chunks: how a problem is cut so that its scratch stays inside the workspace limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+
+DEFAULT_WORKSPACE = 256 * 2**20
+
+
+def fit(extents: Sequence[int], scratch: Callable[..., int], limit: int, what: str) -> tuple[int, ...]:
+    """Block extents, at most ``extents``, whose ``scratch(*block)`` bytes stay within ``limit``.
+
+    Earlier axes are cut first: an axis is cut only when those before it are down to 1. Raises a MemoryError with the
+    number of bytes when even a block of ones does not fit.
+    """
+    block = [1] * len(extents)
+    if scratch(*block) > limit:
+        raise MemoryError(
+            f"{what} needs at least {scratch(*block)} bytes of scratch and workspace_limit is {limit}; raise it"
+        )
+    for axis in reversed(range(len(extents))):
+        low, high = 1, max(extents[axis], 1)  # the largest extent that fits, by bisection
+        while low < high:
+            middle = (low + high + 1) // 2
+            block[axis] = middle
+            low, high = (middle, high) if scratch(*block) <= limit else (low, middle - 1)
+        block[axis] = low
+        if low < extents[axis]:
+            break
+    # Even shares: 10 rows in blocks of 9 would be 9 and 1.
+    shares = [-(-extent // -(-extent // size)) if extent else 1 for extent, size in zip(extents, block, strict=True)]
+    return tuple(shares)
+
+
+def blocks(extents: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """The slices that cut ``extents`` into blocks of at most ``block``, the last axis fastest."""
+    ranges = [
+        [slice(start, min(start + size, extent)) for start in range(0, extent, size)]
+        for extent, size in zip(extents, block, strict=True)
+    ]
+    yield from product(*ranges)
