@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-# What the extra `cli` brings. Exact names: a Pillow that lacks one of its own parts (PIL._imaging) is broken, not absent.
+# What the extra `cli` brings. Exact names: a Pillow that lacks a part of itself (PIL._imaging) is broken, not absent.
 _EXTRA = ("click", "rich", "PIL")
 
 

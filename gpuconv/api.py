@@ -155,7 +155,9 @@ class Request:
     def result_shape(self) -> tuple[int, ...]:
         """The result's shape in the caller's layout and rank."""
         problem = self.problem
-        shape = problem.y_shape[1:] if len(self.x.shape) < 4 else problem.y_shape
+        shape: tuple[int, ...] = problem.y_shape
+        if len(self.x.shape) < 4:
+            shape = shape[1:]
         if len(self.k.shape) == 2:
             shape = shape[-2:]
         if problem.layout == "NHWC" and len(shape) > 2:
@@ -194,7 +196,9 @@ def as_bias(call: str, bias: Any) -> Operand:
     """The bias as an operand; a number is refused, most kindly when a stride was meant."""
     if np.ndim(bias) == 0 and not hasattr(bias, "shape"):
         hint = "; the third argument is the bias, did you mean stride=?" if isinstance(bias, (int, tuple)) else ""
-        raise TypeError(f"{call}: bias must be an array of shape (O,), one number per output channel; got {bias!r}{hint}")
+        raise TypeError(
+            f"{call}: bias must be an array of shape (O,), one number per output channel; got {bias!r}{hint}"
+        )
     return arrays.operand(call, "bias", bias)
 
 
@@ -203,7 +207,8 @@ def check_bias(call: str, bias: Operand, problem: Conv2dProblem) -> None:
     if bias.shape != (problem.O,):
         hint = "; the third argument is the bias, did you mean stride=?" if bias.array.size <= 2 else ""
         raise ValueError(
-            f"{call}: bias must have shape ({problem.O},), one number per output channel of k; got shape {bias.shape}{hint}"
+            f"{call}: bias must have shape ({problem.O},), one number per output channel of k; "
+            f"got shape {bias.shape}{hint}"
         )
     if not dtypes.castable(bias.dtype, problem.y_dtype):
         raise TypeError(f"{call}: bias of dtype {bias.dtype} cannot be cast to the result's dtype {problem.y_dtype}")
@@ -245,7 +250,12 @@ def require_array(call: str, out: Any) -> Any:
 
 
 def execute(
-    request: Request, choice: dispatch.Choice, target: Any, out: Array | None, shape: tuple[int, ...], stream: int | None
+    request: Request,
+    choice: dispatch.Choice,
+    target: Any,
+    out: Array | None,
+    shape: tuple[int, ...],
+    stream: int | None,
 ) -> Array:
     """Move the operands where the implementation wants them, run it, and bring the result to x's device."""
     problem, home = request.problem, request.x.device

@@ -95,7 +95,7 @@ def _cupy(call: str, name: str) -> Any:
         if error.name != "cupy":
             raise
         raise TypeError(
-            f'{call}: {name} lives on a GPU, and reading it takes CuPy, which is not installed; '
+            f"{call}: {name} lives on a GPU, and reading it takes CuPy, which is not installed; "
             'pip install "gpuconv[cuda13]" (or [cuda12])'
         ) from None
     return cupy
@@ -138,7 +138,8 @@ def deliver(array: Array, library: str) -> Any:
 
 def to_host(array: Array) -> np.ndarray[Any, Any]:
     """A host copy of a GPU array (a NumPy array comes back as it is)."""
-    return array if isinstance(array, np.ndarray) else array.get()  # type: ignore[no-any-return]
+    host: np.ndarray[Any, Any] = array if isinstance(array, np.ndarray) else array.get()
+    return host
 
 
 def to_device(array: Array, ordinal: int) -> Array:

@@ -161,14 +161,14 @@ def resolve(call: str, device: Any, backend: Any, home: int | None, stacklevel: 
     if not missing:
         return _gpu(call, ordinal, home)
     details = "; ".join(f"{name}: {reason}" for name, reason in missing)
-    message = f"{call}: device={device!r} fell back to the CPU, because no GPU is usable ({details})"
+    message = f"{call}: device={device!r} finds no usable GPU ({details})"
     policy = os.environ.get("GPUCONV_FALLBACK", "warn")
     if policy not in ("warn", "error", "silent"):
         raise ValueError(f"GPUCONV_FALLBACK must be warn, error or silent; got {policy!r}")
     if policy == "error":
-        raise NoBackendError(message)
+        raise NoBackendError(f"{message}; GPUCONV_FALLBACK=error forbids the CPU")
     if policy == "warn":
-        warnings.warn(message, DeviceFallbackWarning, stacklevel=stacklevel)
+        warnings.warn(f"{message}; running on the CPU", DeviceFallbackWarning, stacklevel=stacklevel)
     return Target("cpu")
 
 
@@ -187,7 +187,7 @@ def _gpus() -> tuple[int, int]:
         return int(cupy.cuda.runtime.getDeviceCount()), int(cupy.cuda.Device().id)
     from numba import cuda
 
-    return len(cuda.gpus), int(cuda.get_current_device().id)
+    return len(cuda.gpus), 0 if simulated() else int(cuda.get_current_device().id)
 
 
 def simulated() -> bool:

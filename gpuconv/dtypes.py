@@ -59,20 +59,18 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     if name == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+        name = ml_dtypes.bfloat16
+    result: np.dtype[Any] = np.dtype(name)
+    return result
 
 
 def name_of(call: str, argument: str, dtype: Any) -> str:
     """The name of ``dtype`` (a NumPy dtype, a scalar type or a string), or a TypeError saying what is accepted."""
-    text = str(dtype) if isinstance(dtype, str) else None
-    if text in NAMES:
-        return NAMES[text]
-    if text in CODES:
-        return text
+    if isinstance(dtype, str) and dtype in CODES:
+        return dtype  # "bfloat16" is no dtype of NumPy's own
     try:
-        name = np.dtype(dtype).name
-    except TypeError:
+        name = str(np.dtype(dtype).name)
+    except (TypeError, ValueError):
         name = str(dtype)
     if name not in CODES:
         hint = "; convert it to float64" if name in ("longdouble", "float128", "float96") else ""
@@ -108,7 +106,8 @@ def result_and_sum(call: str, x: str, k: str, dtype: Any) -> tuple[str, str]:
         result = name_of(call, "dtype=", dtype)
         if result not in _RESULTS:
             raise TypeError(
-                f"{call}: dtype must be one of {', '.join(_RESULTS)} (integers are summed in 32 or 64 bits); got {result}"
+                f"{call}: dtype must be one of {', '.join(_RESULTS)} (integers are summed in 32 or 64 bits); "
+                f"got {result}"
             )
         if _kind(default) > _kind(result):
             raise TypeError(

@@ -44,16 +44,18 @@ def as_integer(call: str, name: str, value: Any, minimum: int, limit: int | None
 
 
 def _is_sequence(value: Any) -> bool:
-    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes)) and np.ndim(value) > 0
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def as_pair(call: str, name: str, value: Any, minimum: int) -> Pair:
-    """``value`` (an integer, or one per axis) as (rows, columns)."""
+def as_pair(call: str, name: str, value: Any, minimum: int, form: str = "(rows, columns)") -> Pair:
+    """``value``, an integer or a pair of the given ``form``, as a pair."""
     if not _is_sequence(value):
         integer = as_integer(call, name, value, minimum)
         return integer, integer
     if len(value) != 2:
-        raise ValueError(f"{call}: {name} must be an integer or a pair (rows, columns); got {value!r}")
+        raise ValueError(f"{call}: {name} must be an integer or a pair {form}; got {value!r}")
     first, second = (as_integer(call, f"{name}[{axis}]", item, minimum) for axis, item in enumerate(value))
     return first, second
 
@@ -87,8 +89,8 @@ def resolve_padding(call: str, padding: Any, sizes: Pair, kernel: Pair, stride: 
     """Padding in any accepted form as ((top, bottom), (left, right))."""
     if isinstance(padding, str):
         _check_padding_name(call, padding)
-        rows, columns = (_named_padding(padding, *axis) for axis in zip(sizes, kernel, stride, dilation, strict=True))
-        return rows, columns
+        named = [_named_padding(padding, *axis) for axis in zip(sizes, kernel, stride, dilation, strict=True)]
+        return named[0], named[1]
     if not _is_sequence(padding):
         both = as_integer(call, "padding", padding, 0)
         return (both, both), (both, both)
@@ -111,8 +113,9 @@ def resolve_padding(call: str, padding: Any, sizes: Pair, kernel: Pair, stride: 
     if not all(nested):
         rows, columns = (as_integer(call, f"padding[{axis}]", item, 0) for axis, item in enumerate(padding))
         return (rows, rows), (columns, columns)
-    top_bottom, left_right = (as_pair(call, f"padding[{axis}]", item, 0) for axis, item in enumerate(padding))
-    return top_bottom, left_right
+    return as_pair(call, "padding[0]", padding[0], 0, "(top, bottom)"), as_pair(
+        call, "padding[1]", padding[1], 0, "(left, right)"
+    )
 
 
 def output_extent(n: int, k: int, pads: Pair, stride: int, dilation: int) -> int:
@@ -162,7 +165,7 @@ def output_size(n: int, k: int, padding: int | Pair | str = 0, stride: int = 1, 
         _check_padding_name(call, padding)
         pads = _named_padding(padding, n, k, stride, dilation)
     else:
-        pads = as_pair(call, "padding", padding, 0)
+        pads = as_pair(call, "padding", padding, 0, "(before, after)")
     require_fit(call, (n,), (k,), (pads,), (dilation,))
     return output_extent(n, k, pads, stride, dilation)
 
@@ -208,6 +211,8 @@ def receptive_field(layers: Iterable[int | Sequence[int]]) -> int:
     5
     """
     call = "receptive_field"
+    if not isinstance(layers, Iterable) or isinstance(layers, (str, bytes)):
+        raise TypeError(f"{call}: layers must be a sequence of (k, stride, dilation); got {layers!r}")
     field, jump = 1, 1
     for position, layer in enumerate(layers):
         values = tuple(layer) if _is_sequence(layer) else (layer,)  # type: ignore[arg-type]
@@ -296,13 +301,15 @@ class IndexTable:
         return self.index[start * self.outer + p * self.inner :: self.outer][: stop - start]
 
 
-def _table_extents(k: int, outputs: int, stride: int, dilation: int) -> Pair:
-    return (outputs - 1) * stride + window(k, dilation), outputs * k
+def table_steps(k: int, outputs: int, stride: int, dilation: int) -> Pair:
+    """(outer, inner) of the table that ``index_table`` makes: per position, or per output and tap if shorter."""
+    by_position, by_tap = (outputs - 1) * stride + window(k, dilation), outputs * k
+    return (stride, dilation) if by_position <= by_tap else (k, 1)
 
 
-def index_table_size(k: int, outputs: int, stride: int, dilation: int) -> int:
-    """Entries of the table that ``index_table`` makes."""
-    return min(_table_extents(k, outputs, stride, dilation))
+def span(k: int, outputs: int, steps: Pair) -> int:
+    """Entries of a table of (outer, inner) ``steps`` that ``outputs`` neighbouring outputs read."""
+    return (outputs - 1) * steps[0] + (k - 1) * steps[1] + 1
 
 
 def index_table(n: int, k: int, outputs: int, before: int, stride: int, dilation: int, mode: str) -> IndexTable:
@@ -310,8 +317,9 @@ def index_table(n: int, k: int, outputs: int, before: int, stride: int, dilation
 
     The second form keeps the table small when the padding, stride or dilation is huge: only what is read counts.
     """
-    by_position, by_tap = _table_extents(k, outputs, stride, dilation)
-    if by_position <= by_tap:
-        return IndexTable(source_index(np.arange(by_position) - before, n, mode), stride, dilation)
-    position = np.arange(outputs)[:, None] * stride + np.arange(k) * dilation - before
-    return IndexTable(source_index(position.ravel(), n, mode), k, 1)
+    steps = table_steps(k, outputs, stride, dilation)
+    if steps == (stride, dilation):
+        position = np.arange(span(k, outputs, steps)) - before
+    else:
+        position = (np.arange(outputs)[:, None] * stride + np.arange(k) * dilation - before).ravel()
+    return IndexTable(source_index(position, n, mode), *steps)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from gpuconv.filters import NamedKernel
 
@@ -21,6 +21,21 @@ Floats = npt.NDArray[np.float32]
 
 # Pillow widens these to 16 bits per sample without loss; its other modes hold 8.
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+# What we write and what each holds. Listed, because Pillow writes more of them than it keeps the pixels of: WebP would
+# clip 16 bits, PPM drop the alpha, ICO shrink the picture, all without a word.
+_FORMATS: dict[str, dict[str, Any]] = {
+    "PNG": {"alpha": True, "16-bit": True},
+    "TIFF": {"alpha": True, "16-bit": True, "options": {"compression": "tiff_adobe_deflate"}},
+    "JPEG2000": {"alpha": True, "16-bit": True},
+    "WEBP": {"alpha": True, "options": {"quality": 92}},
+    "AVIF": {"alpha": True, "options": {"quality": 90}},
+    "TGA": {"alpha": True},
+    "PPM": {"16-bit": True},
+    "JPEG": {"options": {"quality": 92}},
+    "BMP": {},
+    "GIF": {},
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +61,7 @@ def read(path: Path) -> Picture:
                 reduced = ";16" in str(image.tile) and image.mode not in _DEEP
                 image.load()
                 return _split(ImageOps.exif_transpose(image), reduced)
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ValueError(f"cannot read {path}: not a picture of a known format") from error
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
@@ -96,55 +111,51 @@ def to_display(y: npt.NDArray[Any], peak: int, style: str, gain: float = 1.0) ->
     """
     y = np.nan_to_num(np.asarray(y, dtype=np.float64) * gain)
     values = {"plain": y, "magnitude": np.abs(y), "signed": (peak + y) / 2}[style]
-    return np.clip(np.rint(values), 0, peak).astype(np.float32)
+    shown: Floats = np.clip(np.rint(values), 0, peak).astype(np.float32)
+    return shown
 
 
 def format_for(path: Path) -> str:
-    """The format that ``path``'s extension names; ValueError where Pillow writes none such, or path is a directory."""
+    """The format that ``path``'s extension names; ValueError where we write none such, or path is a directory."""
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a directory")
     Image.init()
-    name = Image.registered_extensions().get(path.suffix.lower())
-    if name is None or name not in Image.SAVE:
+    name = Image.registered_extensions().get(path.suffix.lower(), "")
+    if name not in _FORMATS or name not in Image.SAVE:
         what = f"the extension {path.suffix}" if path.suffix else "a name without an extension"
         raise ValueError(f"cannot write {path}: no picture format goes with {what}; try .png, .jpg, .tif or .webp")
     return name
 
 
 def write(path: Path, pixels: Floats, original: Picture) -> tuple[str, ...]:
-    """Write ``pixels``, which ``to_display`` made, with the original's alpha; returns what the format could not hold."""
-    name, notes = format_for(path), []
-    if original.peak == 65535:
-        deep = Image.fromarray(pixels.astype(np.uint16))
-        flat = Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
-        candidates = [deep, flat]
-        lost = "16 bits per pixel; written with 8"
+    """Write ``pixels``, which ``to_display`` made, with the original's alpha; returns what the format cannot hold."""
+    name = format_for(path)
+    notes = []
+    if original.peak == 255:
+        image = Image.fromarray(pixels.astype(np.uint8))
+    elif "16-bit" in _FORMATS[name]:
+        image = Image.fromarray(pixels.astype(np.uint16))
     else:
-        flat = Image.fromarray(pixels.astype(np.uint8))
-        candidates = [flat]
-        if original.alpha is not None:
-            for mode in ("RGBA",) if flat.mode == "RGB" else ("LA", "RGBA"):
-                with_alpha = flat.convert(mode)
-                with_alpha.putalpha(original.alpha)
-                candidates.insert(-1, with_alpha)
-        lost = "transparency; written without"
-    options = {"icc_profile": original.profile} if original.profile else {}
-    if name == "JPEG":
-        options |= {"quality": 92}
-    for image in candidates:
-        buffer = io.BytesIO()
-        try:
-            image.save(buffer, format=name, **options)
-        except (OSError, ValueError, KeyError) as error:
-            # Formats say only so that they cannot hold a kind of pixel; then the next simpler one is tried.
-            if image is candidates[-1]:
-                raise ValueError(f"cannot write {path} as {name}: {error}") from error
-            continue
-        if image is flat and len(candidates) > 1:
-            notes.append(f"{name} cannot hold {lost}")
-        break
-    write_bytes(path, buffer.getvalue())
+        image = Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
+        notes.append(f"{name} holds 8 bits per pixel, not 16")
+    if original.alpha is not None and "alpha" in _FORMATS[name]:
+        image.putalpha(original.alpha)
+    elif original.alpha is not None:
+        notes.append(f"{name} cannot hold the transparency, which was left out")
+    _encode(path, image, **({"icc_profile": original.profile} if original.profile else {}))
     return tuple(notes)
+
+
+def _encode(path: Path, image: Image.Image, **options: Any) -> int:
+    """Write ``image`` in the format of ``path``; returns the bytes written."""
+    name = format_for(path)
+    buffer = io.BytesIO()  # so that what cannot be encoded never reaches the disk
+    try:
+        image.save(buffer, format=name, **_FORMATS[name].get("options", {}), **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot write {path} as {name}: {error}") from error
+    write_bytes(path, buffer.getvalue())
+    return buffer.tell()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -164,7 +175,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 # The contact sheet. Sizes in pixels.
-PANEL = (360, 240)
+PANEL = (330, 220)
 _MARGIN, _GAP, _LABEL, _HEAD, _FOOT = 36, 24, 80, 100, 44
 _PAPER, _INK, _SOFT, _LINE = (250, 249, 246), (33, 33, 38), (112, 110, 108), (214, 210, 202)
 _POSITIVE, _NEGATIVE = np.array((196, 78, 16.0)), np.array((20, 92, 168.0))
@@ -201,7 +212,7 @@ def contact_sheet(panels: list[Panel], title: str, subtitle: str, footer: str, c
     draw.text((_MARGIN, 60), subtitle, _SOFT, _font(16))
     for number, panel in enumerate(panels):
         x, y = _MARGIN + number % columns * step_x, _HEAD + number // columns * step_y
-        sheet.paste(ImageOps.fit(panel.image, PANEL, Image.Resampling.LANCZOS), (x, y))
+        sheet.paste(ImageOps.fit(panel.image, PANEL, Image.Resampling.BICUBIC), (x, y))
         draw.rectangle((x - 1, y - 1, x + PANEL[0], y + PANEL[1]), outline=_LINE)
         below = y + PANEL[1] + 12
         draw.text((x, below), panel.title, _INK, _font(18))
@@ -210,6 +221,11 @@ def contact_sheet(panels: list[Panel], title: str, subtitle: str, footer: str, c
             _draw_kernel(draw, panel.kernel, x + PANEL[0], below)
     draw.text((_MARGIN, size[1] - _FOOT), footer, _SOFT, _font(14))
     return sheet
+
+
+def write_sheet(path: Path, sheet: Image.Image) -> int:
+    """Write the sheet to ``path``; returns the bytes written."""
+    return _encode(path, sheet, optimize=True)
 
 
 def _draw_kernel(draw: ImageDraw.ImageDraw, kernel: NamedKernel, right: int, top: int) -> None:
@@ -229,7 +245,8 @@ def _draw_kernel(draw: ImageDraw.ImageDraw, kernel: NamedKernel, right: int, top
                 middle = ((box[0] + box[2]) / 2 + 0.5, (box[1] + box[3]) / 2 + 0.5)
                 draw.text(middle, str(weight), _INK, _font(size), anchor="mm")
     if kernel.divisor != 1:
-        draw.text((left - 8, top + cell_y * len(kernel.rows) / 2), f"1/{kernel.divisor} ·", _SOFT, _font(14), anchor="rm")
+        middle = (left - 8, top + cell_y * len(kernel.rows) / 2)
+        draw.text(middle, f"1/{kernel.divisor} ·", _SOFT, _font(14), anchor="rm")
 
 
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

@@ -96,6 +96,11 @@ class Conv2dProblem:
         return "float32" if self.y_dtype in ("float16", "bfloat16") else self.y_dtype
 
     @property
+    def fill(self) -> complex:
+        """The value of a constant padded pixel: with zero points it equals x's, and so contributes nothing."""
+        return self.x_zero_point or self.padding_value
+
+    @property
     def y_size(self) -> int:
         """Elements of the result."""
         return self.N * self.O * self.OH * self.OW
@@ -138,11 +143,17 @@ class Conv2dProblem:
         )
         return rows, columns
 
+    def table_spans(self, rows: int, columns: int) -> Pair:
+        """Entries of the two index tables that a block of ``rows`` × ``columns`` outputs reads."""
+        steps = (
+            geometry.table_steps(self.KH, self.OH, self.stride[0], self.dilation[0]),
+            geometry.table_steps(self.KW, self.OW, self.stride[1], self.dilation[1]),
+        )
+        return geometry.span(self.KH, rows, steps[0]), geometry.span(self.KW, columns, steps[1])
+
     def table_bytes(self) -> int:
         """Bytes of both index tables."""
-        rows = geometry.index_table_size(self.KH, self.OH, self.stride[0], self.dilation[0])
-        columns = geometry.index_table_size(self.KW, self.OW, self.stride[1], self.dilation[1])
-        return 8 * (rows + columns)
+        return 8 * sum(self.table_spans(self.OH, self.OW))
 
     def __str__(self) -> str:
         """The problem as one line; defaults are left out."""
@@ -341,7 +352,9 @@ def check_zero_point(call: str, name: str, low: int, high: int, dtype: str) -> N
         raise TypeError(f"{call}: {name} is for int8 and uint8 operands; the operand has dtype {dtype}")
     bottom, top = dtypes.RANGES[dtype]
     if low < bottom or high > top:
-        raise ValueError(f"{call}: {name} must lie in {dtype}'s range {bottom} to {top}; got {low if low < bottom else high}")
+        raise ValueError(
+            f"{call}: {name} must lie in {dtype}'s range {bottom} to {top}; got {low if low < bottom else high}"
+        )
 
 
 _PAIRINGS = """\
@@ -389,7 +402,9 @@ def _four_dimensional(
                 f"\nTo filter each of the {channels} channels with the same kernel (depthwise):\n"
                 f"    conv2d(x, np.broadcast_to(k, ({channels}, 1, *k.shape)), groups={channels}{rest})"
             )
-        raise ValueError(f"{call}: x of shape {x_shape} and k of shape {k_shape} do not pair; what works:\n{_PAIRINGS}{hint}")
+        raise ValueError(
+            f"{call}: x of shape {x_shape} and k of shape {k_shape} do not pair; what works:\n{_PAIRINGS}{hint}"
+        )
     x = tuple(x_shape[axis] for axis in image_axes(layout, len(x_shape)))
     x = (1,) * (4 - len(x)) + x
     if len(k_shape) == 2:
@@ -486,7 +501,9 @@ def _parse(line: str) -> Conv2dProblem:
         elif segment.startswith("fill"):
             options["padding_value"] = _parse_number(line, segment[4:])
         elif segment and (match := _STEPS.fullmatch(segment)):
-            options |= {name: _parse_pair(match[key]) for name, key in (("stride", "s"), ("dilation", "d")) if match[key]}
+            options |= {
+                name: _parse_pair(match[key]) for name, key in (("stride", "s"), ("dilation", "d")) if match[key]
+            }
             if match["p"]:
                 options["padding"] = _parse_pads(match["p"])
             groups = int(match["g"] or 1)

@@ -160,24 +160,25 @@ def _im2col_kernel(itemsize: int) -> Any:
     return cupy.RawKernel(im2col_source(itemsize), "im2col")
 
 
-def im2col(x: Any, rows: IndexTable, columns: IndexTable, i: slice, j: slice, fill: complex, out: Any) -> None:
+def im2col(problem: Conv2dProblem, index_tables: orchestration.Tables, x: Any, i: slice, j: slice, out: Any) -> None:
     """Gather windows: x (n, g, C, H, W) into out (n, g, C, KH, KW, rows, columns), dense in some order of axes."""
     import cupy
 
     if any(step % x.itemsize for step in x.strides):
         x = x.copy()
+    raw = out
     if out.dtype != x.dtype:
         # Dense in the same order of axes as out.
         order = sorted(range(out.ndim), key=lambda axis: -out.strides[axis])
         raw = cupy.empty([out.shape[axis] for axis in order], x.dtype).transpose(np.argsort(order).tolist())
-        im2col(x, rows, columns, i, j, fill, raw)
-        out[...] = raw
-        return
-    threads = out.size // (out.shape[3] * out.shape[4])
-    constants = (cupy.asarray(np.full(1, fill, x.dtype)), cupy.asarray(im2col_facts(x, rows, columns, i, j, out)))
+    threads = out.size // (problem.KH * problem.KW)
+    facts = cupy.asarray(im2col_facts(x, *index_tables, i, j, raw))
+    fill = cupy.asarray(np.full(1, problem.fill).astype(x.dtype))
+    indices = [cupy.asarray(table.index) for table in index_tables]
     grid, block = (min(-(-threads // 256), 2**31 - 1),), (256,)
-    tables = cupy.asarray(rows.index), cupy.asarray(columns.index)
-    _im2col_kernel(x.itemsize)(grid, block, (x, out, *tables, *constants, np.int64(threads)))
+    _im2col_kernel(x.itemsize)(grid, block, (x, raw, *indices, fill, facts, np.int64(threads)))
+    if raw is not out:
+        out[...] = raw
 
 
 # cudaDataType_t and cublasComputeType_t, by their values in CUDA's library_types.h and cublas_api.h.

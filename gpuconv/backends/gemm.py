@@ -4,7 +4,7 @@
 
 What differs between NumPy and CuPy is three primitives, passed in as ``library``:
 
-- ``im2col(x, rows, columns, i, j, fill, out)``: gather the windows of output rows ``i`` and columns ``j``
+- ``im2col(problem, tables, x, i, j, out)``: gather the windows of output rows ``i`` and columns ``j``
 - ``gemm(a, b, out)``: a (g, M, K) times b (n, g, K, P) into out (n, g, M, P), any strides
 - ``epilogue(problem, sums, bias, out)``: bias, activation and the rounding into the result
 
@@ -18,10 +18,13 @@ from typing import Any, Protocol
 
 from gpuconv import dtypes, schedule
 from gpuconv.backends.protocol import Operands, Plan
+from gpuconv.geometry import IndexTable
 from gpuconv.problem import NO_PADS, Conv2dProblem
 
 # BLAS takes its dimensions as 32-bit integers.
 BLAS_LIMIT = 2**31 - 1
+
+Tables = tuple[IndexTable, IndexTable]
 
 
 class Library(Protocol):
@@ -29,7 +32,7 @@ class Library(Protocol):
 
     xp: Any
 
-    def im2col(self, x: Any, rows: Any, columns: Any, i: slice, j: slice, fill: complex, out: Any) -> None:
+    def im2col(self, problem: Conv2dProblem, tables: Tables, x: Any, i: slice, j: slice, out: Any) -> None:
         """Gather windows: x (n, g, C, H, W) into out (n, g, C, KH, KW, rows, columns)."""
 
     def gemm(self, problem: Conv2dProblem, a: Any, b: Any, out: Any) -> None:
@@ -45,10 +48,16 @@ def is_pointwise(problem: Conv2dProblem) -> bool:
 
 
 def plan(
-    name: str, problem: Conv2dProblem, limit: int, columns_in: str, sums_in: str, raw_bytes: int = 0
+    name: str,
+    problem: Conv2dProblem,
+    limit: int,
+    columns_in: str,
+    sums_in: str,
+    raw_bytes: int = 0,
+    patch: bool = False,
 ) -> Plan:
-    """Choose the chunk; ``raw_bytes`` per column element are what im2col needs beside its output."""
-    K, O = problem.products, problem.O // problem.groups
+    """Choose the chunk; ``raw_bytes`` per column element, and a padded patch, are what im2col needs."""
+    K, C, O = problem.products, problem.C // problem.groups, problem.O // problem.groups
     element = dtypes.itemsize(columns_in)
     # Scratch for sums is needed when the result is of another dtype or its strides are none that BLAS takes; integer
     # sums are converted on their way out.
@@ -58,7 +67,10 @@ def plan(
     def scratch(n: int, g: int, rows: int, columns: int) -> int:
         if rows * columns > BLAS_LIMIT or n * g > BLAS_LIMIT:
             return limit + 1
-        return n * g * rows * columns * (K * (element + raw_bytes) + O * sums) + weights + problem.table_bytes()
+        pixels = n * g * rows * columns * (K * (element + raw_bytes) + O * sums)
+        spans = problem.table_spans(rows, columns)
+        patches = 2 * n * g * spans[0] * spans[1] * C * dtypes.itemsize(problem.x_dtype) if patch else 0
+        return pixels + patches + weights + problem.table_bytes()
 
     extents = (problem.N, problem.groups, problem.OH, problem.OW)
     block = schedule.fit(extents, scratch, limit, f"{name} on {problem}")
@@ -77,12 +89,13 @@ def run(library: Library, plan: Plan, operands: Operands, out: Any) -> None:
     """Write the convolution of the library's own arrays into ``out``."""
     problem, xp = plan.problem, library.xp
     groups = problem.groups
-    channels_last = problem.layout == "NHWC"
+    # With few channels per group, runs of them are too short to be worth keeping together.
+    channels_last = problem.layout == "NHWC" and problem.C // groups >= 8
     sums_dtype = dtypes.numpy_dtype(plan.sums_in)
     matrix = _weights(library, plan, operands, channels_last)
     # Splitting an axis is a view for any strides.
-    x = operands.x.reshape((problem.N, groups, -1, problem.H, problem.W))
-    y = out.reshape((problem.N, groups, -1, problem.OH, problem.OW))
+    x = operands.x.reshape((problem.N, groups, problem.C // groups, problem.H, problem.W))
+    y = out.reshape((problem.N, groups, problem.O // groups, problem.OH, problem.OW))
     bias = None
     if operands.bias is not None:
         wanted = "int64" if dtypes.is_integer(problem.y_dtype) else plan.sums_in
@@ -121,7 +134,7 @@ def _weights(library: Library, plan: Plan, operands: Operands, channels_last: bo
     return matrix if has_blas_layout(matrix) else library.xp.ascontiguousarray(matrix)
 
 
-def _columns(library: Library, plan: Plan, tables: Any, x: Any, i: slice, j: slice, channels_last: bool) -> Any:
+def _columns(library: Library, plan: Plan, tables: Tables, x: Any, i: slice, j: slice, channels_last: bool) -> Any:
     """The windows of one chunk as matrices (n, g, K, P)."""
     problem = plan.problem
     n, g, C = x.shape[:3]
@@ -134,8 +147,7 @@ def _columns(library: Library, plan: Plan, tables: Any, x: Any, i: slice, j: sli
     else:
         out = library.xp.empty((n, g, C, *taps, *pixels), dtype)
         matrix = out.reshape((n, g, K, P))
-    # With zero points a padded pixel equals the zero point, so it contributes nothing.
-    library.im2col(x, *tables, i, j, problem.x_zero_point or problem.padding_value, out)
+    library.im2col(problem, tables, x, i, j, out)
     if problem.x_zero_point:
         out -= problem.x_zero_point
     return matrix

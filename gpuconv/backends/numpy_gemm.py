@@ -11,7 +11,6 @@ from gpuconv import dtypes
 from gpuconv.backends import gemm as orchestration
 from gpuconv.backends import tables
 from gpuconv.backends.protocol import Operands, Plan, Target
-from gpuconv.geometry import IndexTable
 from gpuconv.problem import Conv2dProblem
 
 NAME = "numpy.gemm"
@@ -44,7 +43,7 @@ def _columns_in(problem: Conv2dProblem) -> str:
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose the chunk."""
     dtype = _columns_in(problem)
-    return orchestration.plan(NAME, problem, limit, dtype, dtype)
+    return orchestration.plan(NAME, problem, limit, dtype, dtype, patch=problem.padding_mode != "constant")
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
@@ -53,12 +52,12 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
         orchestration.run(sys.modules[__name__], plan, operands, out)
 
 
-def im2col(x: Any, rows: IndexTable, columns: IndexTable, i: slice, j: slice, fill: complex, out: Any) -> None:
+def im2col(problem: Conv2dProblem, index_tables: orchestration.Tables, x: Any, i: slice, j: slice, out: Any) -> None:
     """Gather windows: x (n, g, C, H, W) into out (n, g, C, KH, KW, rows, columns), tap by tap."""
-    for p in range(out.shape[3]):
-        row = rows.tap(p, i.start, i.stop)
-        for q in range(out.shape[4]):
-            tables.gather(x, row, columns.tap(q, j.start, j.stop), fill, out[:, :, :, p, q])
+    windows = tables.Windows(problem, index_tables, x, i, j, problem.fill)
+    for p in range(problem.KH):
+        for q in range(problem.KW):
+            windows.tap(p, q, out[:, :, :, p, q])
 
 
 def gemm(problem: Conv2dProblem, a: Any, b: Any, out: Any) -> None:

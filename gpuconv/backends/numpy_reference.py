@@ -3,8 +3,9 @@
     y[n,o,i,j] = b[o] + Σ_pq ( Σ_c k[o,c,p,q] · x[n, c, row(i,p), column(j,q)] )
 
 For each tap (p, q) the pixels that it reads are gathered and multiplied by the O × C matrix of that tap. Sums are
-kept in a wider type than the result's (float64 for float32), one kernel row at a time, so that the result is the
-definition's within about one rounding. Memory stays inside the limit by cutting images, groups, rows and columns.
+kept in a wider type than the result's (float64 for float32), and each kernel row and each 256 channels have a sum of
+their own, so that rounding errors stay those of short sums. Memory stays inside the limit by cutting images, groups,
+rows and columns.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from gpuconv.problem import Conv2dProblem
 NAME = "numpy.reference"
 DEVICE = "cpu"
 ARRAYS = "numpy"
+
+# A sum of this many products at most; the partial sums are then added up.
+_CHANNELS = 256
 
 _WIDER = {"float32": "float64", "complex64": "complex128"}
 
@@ -49,14 +53,15 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Cut into blocks of (images, groups, rows, columns)."""
     sums = sums_in(problem)
     wide, narrow = dtypes.itemsize(sums), dtypes.itemsize(problem.x_dtype)
-    I, O = problem.C // problem.groups, problem.O // problem.groups
+    I, O = min(problem.C // problem.groups, _CHANNELS), problem.O // problem.groups
 
     def scratch(n: int, g: int, rows: int, columns: int) -> int:
         pixels = n * g * rows * columns
-        # pixels as gathered (twice while an index array gathers them) and widened; running sum, one kernel row's
-        # sum and one product
-        taps = pixels * I * (2 * narrow + wide) + 3 * pixels * O * wide
-        kernel = 2 * g * O * I * wide
+        # pixels as gathered and widened; running sum, one kernel row's sum and one product; the padded patch, twice
+        # while an index array gathers it
+        taps = pixels * I * (narrow + wide) + 3 * pixels * O * wide
+        taps += 2 * n * g * I * tables.patch_pixels(problem, rows, columns) * narrow
+        kernel = 2 * g * O * I * problem.KW * wide
         return taps + kernel + problem.table_bytes()
 
     extents = (problem.N, problem.groups, problem.OH, problem.OW)
@@ -66,34 +71,39 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
     """Write the convolution of NumPy operands into ``out``."""
-    problem, sums = plan.problem, plan.sums_in
-    groups, wide = problem.groups, np.dtype(sums)
-    rows, columns = problem.tables()
+    problem = plan.problem
+    groups, wide = problem.groups, np.dtype(plan.sums_in)
+    index_tables = problem.tables()
     # Splitting an axis is a view for any strides.
-    x = operands.x.reshape((problem.N, groups, -1, problem.H, problem.W))
-    k = operands.k.reshape((groups, -1, *operands.k.shape[1:]))
-    y = out.reshape((problem.N, groups, -1, problem.OH, problem.OW))
-    x_zero, k_zero = problem.x_zero_point, operands.k_zero_point
-    fill = problem.x_zero_point or problem.padding_value
+    x = operands.x.reshape((problem.N, groups, problem.C // groups, problem.H, problem.W))
+    k = operands.k.reshape((groups, problem.O // groups, *operands.k.shape[1:]))
+    y = out.reshape((problem.N, groups, problem.O // groups, problem.OH, problem.OW))
+    z = None if operands.k_zero_point is None else operands.k_zero_point.reshape((groups, -1, 1))
     with np.errstate(all="ignore"):  # infinities and NaN are results here, not accidents
         for n, g, i, j in schedule.blocks((problem.N, groups, problem.OH, problem.OW), plan.config["block"]):
             total: Any = 0
-            for p in range(problem.KH):
-                row_sum: Any = 0
-                for q in range(problem.KW):
-                    taps = tables.gather(
-                        x[n, g], rows.tap(p, i.start, i.stop), columns.tap(q, j.start, j.stop), fill
-                    ).astype(wide)
-                    weights = k[g, :, :, p, q].astype(wide)
-                    if x_zero:
-                        taps -= x_zero
-                    if k_zero is not None:
-                        weights -= k_zero.reshape(groups, -1, 1)[g]
-                    # (g, O, I) @ (n, g, I, pixels) -> (n, g, O, pixels)
-                    row_sum = row_sum + weights @ taps.reshape((*taps.shape[:3], -1))
-                total = total + row_sum
+            for first in range(0, x.shape[2], _CHANNELS):
+                c = slice(first, first + _CHANNELS)
+                windows = tables.Windows(problem, index_tables, x[n, g, c], i, j, problem.fill)
+                for p in range(problem.KH):
+                    weights = k[g, :, c, p].astype(wide)
+                    if z is not None:
+                        weights -= z[g][..., None]
+                    total = total + _kernel_row(problem, windows, p, weights)
             target = y[n, g, :, i, j]
             finish(problem, total.reshape(target.shape), operands.bias, g, target)
+
+
+def _kernel_row(problem: Conv2dProblem, windows: tables.Windows, p: int, weights: Any) -> Any:
+    """The products of kernel row ``p``, whose ``weights`` are (g, O, I, KW): a sum (n, g, O, pixels)."""
+    total: Any = 0
+    for q in range(problem.KW):
+        pixels = windows.tap(p, q).astype(weights.dtype)
+        if problem.x_zero_point:
+            pixels -= problem.x_zero_point
+        # (g, O, I) @ (n, g, I, pixels) -> (n, g, O, pixels)
+        total = total + weights[..., q] @ pixels.reshape((*pixels.shape[:3], -1))
+    return total
 
 
 def finish(problem: Conv2dProblem, total: Any, bias: Any | None, g: slice, target: Any) -> None:

@@ -6,7 +6,51 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv.geometry import IntArray
+from gpuconv.geometry import IndexTable, IntArray
+from gpuconv.problem import Conv2dProblem
+
+
+class Windows:
+    """What one block of outputs reads: ``tap(p, q)`` gives the pixels of one kernel tap.
+
+    Under constant padding a tap is a slice of x with a border. The other modes reach across x, so a patch with all that
+    the block reads is made first, and each tap is a slice of it.
+    """
+
+    def __init__(
+        self,
+        problem: Conv2dProblem,
+        tables: tuple[IndexTable, IndexTable],
+        x: Any,
+        i: slice,
+        j: slice,
+        fill: complex,
+    ) -> None:
+        self.x, self.fill = x, fill
+        self.tables, self.blocks = tables, (i, j)
+        if problem.padding_mode != "constant":
+            counts = (i.stop - i.start, j.stop - j.start)
+            rows, columns = (
+                table.index[block.start * table.outer :][:span]
+                for table, block, span in zip(tables, (i, j), problem.table_spans(*counts), strict=True)
+            )
+            self.x = gather(x, rows, columns, fill)
+            self.tables = (
+                IndexTable(np.arange(len(rows)), tables[0].outer, tables[0].inner),
+                IndexTable(np.arange(len(columns)), tables[1].outer, tables[1].inner),
+            )
+            self.blocks = slice(0, counts[0]), slice(0, counts[1])
+
+    def tap(self, p: int, q: int, out: Any | None = None) -> Any:
+        """The pixels that tap (p, q) reads, in a new array or in ``out``."""
+        (rows, columns), (i, j) = self.tables, self.blocks
+        return gather(self.x, rows.tap(p, i.start, i.stop), columns.tap(q, j.start, j.stop), self.fill, out)
+
+
+def patch_pixels(problem: Conv2dProblem, rows: int, columns: int) -> int:
+    """Pixels of the patch that ``Windows`` makes for a block, per image and channel."""
+    spans = problem.table_spans(rows, columns)
+    return 0 if problem.padding_mode == "constant" else spans[0] * spans[1]
 
 
 def as_slice(indices: IntArray) -> slice | None:

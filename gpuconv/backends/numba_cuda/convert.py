@@ -27,9 +27,9 @@ def simulated() -> bool:
 
 def numba_type(name: str) -> Any:
     """The Numba type of an array element called ``name``."""
-    import numba
+    from numba import types
 
-    return getattr(numba, BITS.get(name, name))
+    return getattr(types, BITS.get(name, name))
 
 
 def loader(name: str, sum_dtype: str) -> Callable[[Any], Any]:

@@ -34,9 +34,9 @@ def unavailable() -> str | None:
     from numba.cuda.cudadrv import driver, nvvm
 
     if not driver.driver.is_available:
-        # Numba's text is a heading, then the cause, then advice: the cause is its second paragraph's first line.
+        # Numba's text begins with the cause; advice follows.
         lines = [line.strip(" .:") for line in str(driver.driver.initialization_error).splitlines() if line.strip()]
-        cause = lines[1] if len(lines) > 1 else lines[0]
+        cause = lines[0] if lines else "no CUDA driver"
         return f"no usable GPU ({cause}); install NVIDIA's driver, or run on a machine with a GPU"
     if len(cuda.gpus) == 0:
         return "the CUDA driver reports no GPU; see nvidia-smi and CUDA_VISIBLE_DEVICES"

@@ -1,0 +1,41 @@
+"""Profiles: what is marked ``full`` runs only when -m asks for it; what is marked ``gpu`` needs a usable GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
+settings.register_profile("quick", max_examples=25, derandomize=True, **_COMMON)
+settings.register_profile("simulator", max_examples=8, derandomize=True, **_COMMON)
+settings.register_profile("deep", max_examples=500, print_blob=True, **_COMMON)
+
+
+def _asks_for_full(config: pytest.Config) -> bool:
+    return "full" in config.getoption("-m")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Numba's CUDA simulator takes a second for what a GPU does in a microsecond.
+    quick = "simulator" if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" else "quick"
+    settings.load_profile("deep" if _asks_for_full(config) else quick)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _asks_for_full(config):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        from gpuconv import dispatch
+
+        reason = dispatch.implementation("cupy.gemm").unavailable()
+        if reason is not None:
+            pytest.skip(reason)

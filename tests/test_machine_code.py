@@ -1,0 +1,142 @@
+"""Every specialisation of every CUDA kernel becomes machine code, with no GPU: no spills, no stack, launchable.
+
+Numba writes PTX for a chosen architecture, NVIDIA's assembler turns it into machine code and reports what it took.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from gpuconv import dtypes
+from gpuconv.backends import cupy_gemm
+from gpuconv.backends.numba_cuda import convert, direct
+
+ARCHITECTURES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0))
+
+# One specialisation per dtype pair and tile; mixed pairs stand for the conversions on loading.
+PAIRS = [(name, name) for name in dtypes.CODES] + [
+    ("uint8", "int8"),
+    ("float32", "int8"),
+    ("uint8", "float32"),
+    ("bfloat16", "float32"),
+    ("float32", "complex64"),
+]
+ZERO_POINTS = [("uint8", "int8"), ("int8", "int8")]
+
+
+@lru_cache(maxsize=1)
+def ptxas() -> str | None:
+    """The assembler from NVIDIA's wheel, whose folder is named by the toolkit's major version."""
+    try:
+        import nvidia
+    except ModuleNotFoundError:
+        return None
+    found = [path for root in nvidia.__path__ for path in Path(root).glob("*/bin/ptxas")]
+    return str(found[0]) if found else None
+
+
+needs_ptxas = pytest.mark.skipif(ptxas() is None, reason="NVIDIA's assembler is not installed (nvidia-cuda-nvcc)")
+
+
+def assemble(ptx: str, cc: tuple[int, int], folder: Path) -> dict[str, int]:
+    """Registers, stack frame, spill and shared-memory bytes of the one kernel in ``ptx``."""
+    source, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
+    source.write_text(ptx)
+    command = [str(ptxas()), "-v", f"-arch=sm_{cc[0]}{cc[1]}", str(source), "-o", str(cubin)]
+    report = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert report.returncode == 0, report.stderr
+    patterns = {
+        "stack": r"(\d+) bytes stack frame",
+        "spill_stores": r"(\d+) bytes spill stores",
+        "spill_loads": r"(\d+) bytes spill loads",
+        "registers": r"Used (\d+) registers",
+    }
+    figures = {name: [int(n) for n in re.findall(pattern, report.stderr)] for name, pattern in patterns.items()}
+    assert all(len(found) == 1 for found in figures.values()), report.stderr
+    shared = re.search(r"(\d+) bytes smem", report.stderr)
+    return {name: found[0] for name, found in figures.items()} | {"shared": int(shared[1]) if shared else 0}
+
+
+def direct_ptx(tile: direct.Tile, x: str, k: str, y: str, zero_points: bool, cc: tuple[int, int]) -> str:
+    from numba import types
+    from numba.cuda import compile
+
+    from gpuconv.backends.numba_cuda import direct_kernel
+
+    def vector(name: str) -> types.Array:
+        return types.Array(convert.numba_type(name), 1, "C")
+
+    sums = "float32" if y in ("float16", "bfloat16") else y
+    i64, number = types.int64, convert.numba_type(sums)
+    signature = types.void(
+        *(vector(x), *[i64] * 5),
+        *(vector(k), *[i64] * 5),
+        *(vector(sums), types.boolean, types.boolean),
+        *(vector(y), *[i64] * 5),
+        *(vector("int64"), i64, i64),
+        *(vector("int64"), i64, i64),
+        *[i64] * 8,
+        *(number, number, vector(sums)),
+    )
+    body = direct_kernel.build(tile, x, k, y, zero_points)
+    ptx, _ = compile(body, signature, cc=cc, device=False, abi="numba", output="ptx")
+    return ptx if isinstance(ptx, str) else ptx.decode()
+
+
+def tiles_for(y: str) -> list[direct.Tile]:
+    wide = direct.WIDE_COMPLEX128 if y == "complex128" else direct.WIDE
+    return [wide if tile is direct.WIDE else tile for tile in direct.TILES]
+
+
+SPECIALISATIONS = [
+    pytest.param(tile, x, k, y, zero_points, id=f"{x}-{k}-{tile.outputs}x{tile.pixels}{'-zero_points' * zero_points}")
+    for x, k, zero_points in [(*pair, False) for pair in PAIRS] + [(*pair, True) for pair in ZERO_POINTS]
+    for y in [dtypes.promoted(x, k)]
+    for tile in tiles_for(y)
+]
+
+
+@needs_ptxas
+@pytest.mark.parametrize("cc", ARCHITECTURES, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
+@pytest.mark.parametrize(("tile", "x", "k", "y", "zero_points"), SPECIALISATIONS)
+def test_direct_kernel_fits_in_registers(tile, x, k, y, zero_points, cc, tmp_path):
+    figures = assemble(direct_ptx(tile, x, k, y, zero_points, cc), cc, tmp_path)
+    assert figures["stack"] == figures["spill_stores"] == figures["spill_loads"] == 0, figures
+    assert figures["registers"] * tile.threads <= 65536, "a block must fit a multiprocessor's registers"
+    assert figures["shared"] <= 48 * 1024, "what a launch may use without asking"
+
+
+@needs_ptxas
+def test_a_spill_is_seen(tmp_path):
+    """The test above can fail: a tile too large for the registers is caught."""
+    greedy = direct.Tile(threads_o=16, threads_p=16, rows=16, columns=16, depth=16)
+    figures = assemble(direct_ptx(greedy, "float64", "float64", "float64", False, (8, 0)), (8, 0), tmp_path)
+    assert figures["stack"] > 0
+
+
+@pytest.mark.parametrize("tile", [*direct.TILES, direct.WIDE_COMPLEX128], ids=str)
+def test_tile_shapes_suit_the_loads(tile):
+    assert tile.threads % tile.pixels == 0
+    assert tile.threads % tile.depth == 0
+    assert tile.depth % (tile.threads // tile.pixels) == 0
+    assert tile.threads % 32 == 0, "whole warps"
+    assert tile.threads <= 1024
+
+
+@pytest.mark.parametrize("itemsize", cupy_gemm.WORDS)
+@pytest.mark.parametrize("cc", ARCHITECTURES, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
+def test_im2col_kernel_compiles(itemsize, cc, tmp_path):
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC comes with the cuda extras")
+    source = cupy_gemm.im2col_source(itemsize).encode()
+    _, program = nvrtc.nvrtcCreateProgram(source, b"im2col.cu", 0, [], [])
+    options = [f"--gpu-architecture=sm_{cc[0]}{cc[1]}".encode()]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    log = b" " * size
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
