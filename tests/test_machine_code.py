@@ -18,15 +18,19 @@ from gpuconv.backends.numba_cuda import convert, direct
 
 ARCHITECTURES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0))
 
-# One specialisation per dtype pair and tile; mixed pairs stand for the conversions on loading.
-PAIRS = [(name, name) for name in dtypes.CODES] + [
+# One specialisation per dtype and tile; the long profile adds pairs of two dtypes, which differ in the conversion of
+# what is loaded and in nothing else.
+SAME = [(name, name) for name in dtypes.CODES]
+MIXED = [
     ("uint8", "int8"),
     ("float32", "int8"),
     ("uint8", "float32"),
     ("bfloat16", "float32"),
+    ("float16", "bfloat16"),
     ("float32", "complex64"),
+    ("int64", "float64"),
 ]
-ZERO_POINTS = [("uint8", "int8"), ("int8", "int8")]
+ZERO_POINTS = [("uint8", "int8")]
 
 
 @lru_cache(maxsize=1)
@@ -94,11 +98,14 @@ def tiles_for(y: str) -> list[direct.Tile]:
 
 
 SPECIALISATIONS = [
-    pytest.param(tile, x, k, y, zero_points, id=f"{x}-{k}-{tile.outputs}x{tile.pixels}{'-zero_points' * zero_points}")
-    for x, k, zero_points in [(*pair, False) for pair in PAIRS] + [(*pair, True) for pair in ZERO_POINTS]
-    for y in [dtypes.promoted(x, k)]
-    for tile in tiles_for(y)
-]
+    pytest.param(
+        tile, x, k, dtypes.promoted(x, k), zero_points, marks=marks,
+        id=f"{x}-{k}-{tile.outputs}x{tile.pixels}{'-zero_points' * zero_points}",
+    )
+    for pairs, zero_points, marks in ((SAME, False, ()), (ZERO_POINTS, True, ()), (MIXED, False, pytest.mark.full))
+    for x, k in pairs
+    for tile in tiles_for(dtypes.promoted(x, k))
+]  # fmt: skip
 
 
 @needs_ptxas
@@ -114,7 +121,7 @@ def test_direct_kernel_fits_in_registers(tile, x, k, y, zero_points, cc, tmp_pat
 @needs_ptxas
 def test_a_spill_is_seen(tmp_path):
     """The test above can fail: a tile too large for the registers is caught."""
-    greedy = direct.Tile(threads_o=16, threads_p=16, rows=16, columns=16, depth=16)
+    greedy = direct.Tile(threads_o=16, threads_p=16, rows=16, columns=16, depth=8)
     figures = assemble(direct_ptx(greedy, "float64", "float64", "float64", False, (8, 0)), (8, 0), tmp_path)
     assert figures["stack"] > 0
 

@@ -172,19 +172,18 @@ def unwritten(answer: Answer, xp: Any = np) -> Guarded:
     return Guarded(np.full(answer.y.shape, value, answer.dtype), xp)
 
 
-def arranged(values: np.ndarray, order: tuple[int, ...], steps: tuple[int, ...], offset: int = 0) -> np.ndarray:
-    """``values`` as a view: memory has the axes in ``order``, each walked in ``steps``; poison fills the gaps."""
-    shape = [values.shape[axis] * abs(steps[axis]) + offset for axis in order]
-    memory = np.full(shape, poison(values.dtype), values.dtype)
-    spans = []
-    for axis in order:
-        extent, step = values.shape[axis], steps[axis]
-        covered = slice(offset, offset + extent * abs(step), abs(step))
-        spans.append(covered)
-    view = memory[tuple(spans)].transpose(np.argsort(order))
-    view = view[tuple(slice(None, None, -1 if step < 0 else 1) for step in steps)]
-    view[...] = values
-    return view
+def arranged(
+    values: np.ndarray, order: tuple[int, ...], steps: tuple[int, ...], offset: int = 0, xp: Any = np
+) -> tuple[Any, Any]:
+    """``values`` as a view and its whole memory: axes in ``order``, each walked in ``steps``, poison in the gaps."""
+    extents = [values.shape[axis] * abs(steps[axis]) for axis in order]
+    covered = tuple(slice(offset, offset + n, abs(steps[axis])) for n, axis in zip(extents, order, strict=True))
+    inverse = tuple(order.index(axis) for axis in range(len(order)))
+    turned = tuple(slice(None, None, -1 if step < 0 else 1) for step in steps)
+    memory = np.full([n + offset for n in extents], poison(values.dtype), values.dtype)
+    memory[covered].transpose(inverse)[turned][...] = values
+    memory = xp.asarray(memory)
+    return memory[covered].transpose(inverse)[turned], memory
 
 
 def forms() -> list[tuple[str, tuple[int, ...], tuple[int, ...], int]]:

@@ -203,8 +203,8 @@ def blas_layout(shape: tuple[int, int], strides: tuple[int, int]) -> tuple[bool,
 
 
 def has_blas_layout(matrices: Any) -> bool:
-    """Whether BLAS can take each matrix of a stack as it lies, all steps being whole elements."""
-    if any(step % matrices.itemsize for step in matrices.strides):
+    """Whether BLAS can take the matrices of a stack as they lie: whole elements, no steps backwards."""
+    if any(step % matrices.itemsize or step < 0 for step in matrices.strides):
         return False
     steps = [step // matrices.itemsize for step in matrices.strides]
     return blas_layout(matrices.shape[-2:], (steps[-2], steps[-1])) is not None

@@ -83,10 +83,10 @@ def choose_tile(problem: Conv2dProblem) -> Tile:
 
 
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
-    """Choose the tile; the only scratch are the index tables."""
+    """Choose the tile; the only scratch are the index tables, and the bias and zero points as the kernel reads them."""
     tile = choose_tile(problem)
     bias = problem.O * dtypes.itemsize(problem.sum_dtype)
-    scratch = problem.table_bytes() + bias + 8 * problem.O * problem.k_zero_point
+    scratch = problem.table_bytes() + 2 * bias
     if scratch > limit:
         raise MemoryError(f"{NAME} on {problem} needs {scratch} bytes of scratch and workspace_limit is {limit}")
     return Plan(problem, scratch, problem.sum_dtype, f"tile {tile}", {"tile": tile})
@@ -141,5 +141,5 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
             problem.groups,
             sum_dtype.type(padding),
             sum_dtype.type(problem.x_zero_point),
-            launch.vector(like, operands.k_zero_point, sum_dtype),
+            launch.vector(like, operands.k_zero_point, sum_dtype, problem.O),
         )

@@ -129,16 +129,16 @@ class _Span:
         }
 
 
-def vector(like: Any, values: Any | None, dtype: np.dtype[Any]) -> Any:
-    """A small contiguous vector on the device that holds ``like``; one zero when there are no values."""
+def vector(like: Any, values: Any | None, dtype: np.dtype[Any], size: int = 1) -> Any:
+    """A small contiguous vector on the device that holds ``like``; ``size`` zeros when there are no values."""
     from numba import cuda
 
     if isinstance(like, np.ndarray):
-        host = np.zeros(1, dtype) if values is None else np.ascontiguousarray(values, dtype)
+        host = np.zeros(size, dtype) if values is None else np.ascontiguousarray(values, dtype)
         return cuda.to_device(host)
     import cupy
 
-    array = cupy.zeros(1, dtype) if values is None else cupy.ascontiguousarray(cupy.asarray(values), dtype)
+    array = cupy.zeros(size, dtype) if values is None else cupy.ascontiguousarray(cupy.asarray(values), dtype)
     return flat(array).vector
 
 

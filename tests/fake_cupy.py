@@ -1,0 +1,158 @@
+"""A stand-in for CuPy on the CPU, so that ``cupy.gemm`` runs from end to end where there is no GPU.
+
+Its arrays are NumPy's. ``RawKernel`` compiles the CUDA C++ with the host's compiler and runs its threads one after the
+other; ``gemmStridedBatchedEx`` reads and writes memory by the addresses, leading dimensions and steps it is given, as
+cuBLAS does, and notes the compute type. ``install()`` puts the modules in place; as a pytest plugin it does so at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+# By their values in CUDA's library_types.h; bfloat16 (14) is NumPy's through ml_dtypes.
+_TYPES = {2: "float16", 0: "float32", 1: "float64", 4: "complex64", 5: "complex128"}
+COMPUTE_TYPES: list[int] = []
+
+
+def compiler() -> str | None:
+    return shutil.which("c++") or shutil.which("g++")
+
+
+_SHIM = r"""
+#define __global__
+struct Index { unsigned x; };
+static thread_local Index blockIdx, threadIdx, gridDim, blockDim;
+"""
+_LAUNCHER = r"""
+extern "C" void launch(unsigned blocks, unsigned threads, void** a) {
+    gridDim.x = blocks; blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
+        for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
+            im2col((const WORD*)a[0], (WORD*)a[1], (const long long*)a[2], (const long long*)a[3], (const WORD*)a[4],
+                   (const long long*)a[5], *(const long long*)a[6]);
+}
+"""
+
+
+class RawKernel:
+    def __init__(self, source: str, name: str) -> None:
+        assert name == "im2col"
+        word = source.split("const ", 1)[1].split("*", 1)[0]
+        self.launch = _compiled(_SHIM + source + _LAUNCHER.replace("WORD", word))
+
+    def __call__(self, grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...]) -> None:
+        held = [a if isinstance(a, np.ndarray) else np.array(a, np.int64) for a in arguments]
+        pointers = (ctypes.c_void_p * len(held))(*(array.ctypes.data for array in held))
+        self.launch(ctypes.c_uint(grid[0]), ctypes.c_uint(block[0]), pointers)
+
+
+@functools.cache
+def _compiled(source: str) -> Any:
+    folder = Path(tempfile.mkdtemp(prefix="gpuconv-tests-"))
+    try:
+        (folder / "kernel.cpp").write_text(source)
+        command = [str(compiler()), "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-o", "kernel.so", "kernel.cpp"]
+        subprocess.run(command, cwd=folder, check=True)
+        return ctypes.CDLL(str(folder / "kernel.so")).launch
+    finally:
+        shutil.rmtree(folder)
+
+
+def _dtype(code: int) -> np.dtype[Any]:
+    if code == 14:
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(_TYPES[code])
+
+
+def _matrices(address: int, code: int, rows: int, columns: int, ld: int, step: int, batch: int) -> Any:
+    """Column-major matrices at ``address``: element (r, c) of matrix b is at b·step + c·ld + r."""
+    assert ld >= max(rows, 1), "cuBLAS refuses a leading dimension below the number of rows"
+    dtype = _dtype(code)
+    reach = (batch - 1) * abs(step) + (columns - 1) * ld + rows
+    assert step >= 0
+    memory = (ctypes.c_char * (reach * dtype.itemsize)).from_address(address)
+    vector = np.frombuffer(memory, dtype)
+    strides = tuple(dtype.itemsize * s for s in (step, 1, ld))
+    return np.lib.stride_tricks.as_strided(vector, (batch, rows, columns), strides, writeable=True)
+
+
+def gemm_strided_batched_ex(
+    handle, trans_a, trans_b, m, n, k, alpha, a, a_type, lda, a_step, b, b_type, ldb, b_step, beta, c, c_type, ldc,
+    c_step, batch, compute, algorithm,
+):  # fmt: skip
+    COMPUTE_TYPES.append(compute)
+    left = _matrices(a, a_type, *((k, m) if trans_a else (m, k)), lda, a_step, batch)
+    right = _matrices(b, b_type, *((n, k) if trans_b else (k, n)), ldb, b_step, batch)
+    out = _matrices(c, c_type, m, n, ldc, c_step, batch)
+    wide = _dtype(c_type)
+    scalar = np.dtype({69: "float32", 77: "float32", 71: "float64"}[compute])
+    scalar = np.result_type(scalar, np.complex64) if wide.kind == "c" else scalar
+    one, zero = (np.frombuffer((ctypes.c_char * scalar.itemsize).from_address(p), scalar)[0] for p in (alpha, beta))
+    assert (one, zero) == (1, 0)
+    left = left.swapaxes(1, 2) if trans_a else left
+    right = right.swapaxes(1, 2) if trans_b else right
+    with np.errstate(all="ignore"):
+        out[...] = left.astype(wide) @ right.astype(wide)
+
+
+class Device:
+    def __init__(self, ordinal: int = 0) -> None:
+        self.id = ordinal
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        pass
+
+
+def _zeroed_errors(name: str) -> Any:
+    """NumPy's function without its warnings: a GPU's NaN and infinities come silently."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return getattr(np, name)(*arguments, **options)
+
+    return call
+
+
+def modules() -> dict[str, ModuleType]:
+    cupy = ModuleType("cupy")
+    for name in ("asarray", "ascontiguousarray", "zeros", "int64", "ndarray"):
+        setattr(cupy, name, getattr(np, name))
+    for name in ("add", "maximum"):
+        setattr(cupy, name, _zeroed_errors(name))
+
+    def empty(shape: Any, dtype: Any) -> Any:
+        """Poisoned: what is read before it is written shows."""
+        array = np.empty(shape, dtype)
+        array.reshape(-1).view(np.uint8)[...] = 0xFF
+        return array
+
+    cupy.empty = empty
+    cupy.RawKernel = RawKernel
+    runtime = SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError)
+    cupy.cuda = SimpleNamespace(
+        Device=Device, runtime=runtime, device=SimpleNamespace(get_cublas_handle=lambda: 0), ExternalStream=None
+    )
+    libs = ModuleType("cupy_backends.cuda.libs")
+    libs.cublas = SimpleNamespace(gemmStridedBatchedEx=gemm_strided_batched_ex)
+    found = {"cupy": cupy, "cupy_backends.cuda.libs": libs}
+    return found | {name: ModuleType(name) for name in ("cupy_backends", "cupy_backends.cuda")}
+
+
+if os.environ.get("GPUCONV_TEST_FAKE_CUPY") == "1":
+    sys.modules |= modules()

@@ -1,0 +1,53 @@
+"""The CUDA kernels run without a GPU: in Numba's simulator, in a process of its own.
+
+Numba decides on import whether CUDA is simulated, so the tests of the implementations run once more in a child.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TESTS = Path(__file__).parent
+SIMULATOR = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}
+
+if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
+    pytest.skip("this process is the simulator", allow_module_level=True)
+
+
+# Two halves, so that two processes of a parallel run share them.
+@pytest.mark.parametrize("half", ["test_agrees", "not test_agrees"])
+def test_kernels_in_the_simulator(half):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += [str(TESTS / "test_implementations.py"), "-k", f"numba_cuda and {half}"]
+    child = subprocess.run(command, env=SIMULATOR, capture_output=True, text=True, check=False, cwd=TESTS.parent)
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", child.stdout)
+    assert passed is not None, child.stdout[-2000:]
+    assert int(passed[1]) >= 50, child.stdout[-2000:]
+
+
+def test_numpy_arrays_through_the_public_call():
+    script = """
+import numpy as np, gpuconv
+ramp = np.arange(10.0, 251.0, 10.0).reshape(5, 5)
+for request in ({"backend": "numba_cuda"}, {"backend": "numba_cuda.direct"}, {"device": "cuda"}, {"device": "cuda:0"}):
+    print(gpuconv.conv2d(ramp, [[1, 0, -1]] * 3, **request).tolist())
+print(gpuconv.explain(ramp, [[1, 0, -1]] * 3, device="cuda").implementation)
+print(gpuconv.explain(ramp, [[1, 0, -1]] * 3, device="auto").implementation)
+try:
+    gpuconv.conv2d(ramp, [[1]], device="cuda:7")
+except ValueError as error:
+    print(error)
+"""
+    child = subprocess.run([sys.executable, "-c", script], env=SIMULATOR, capture_output=True, text=True, check=True)
+    lines = child.stdout.splitlines()
+    assert lines[:4] == [str(np.full((3, 3), -60.0).tolist())] * 4
+    assert lines[4:6] == ["numba_cuda.direct", "numpy.gemm"], "the simulator is no GPU for device='auto'"
+    assert "cuda:7" in lines[6]
