@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,8 +131,11 @@ def conv2d(
         activation, x_zero_point, k_zero_point, dtype, precision,
     )  # fmt: skip
     limit = workspace(call, workspace_limit)
-    given = None if out is None else arrays.operand(call, "out", require_array(call, out))
+    given = None if out is None else arrays.output(call, out)
     shape = request.result_shape()
+    needed = request.problem.y_size * dtypes.itemsize(request.problem.y_dtype)
+    if needed > sys.maxsize:
+        raise MemoryError(f"{call}: the result, of shape {shape}, needs {needed} bytes, beyond any address space")
     if given is not None:
         inputs = {"x": request.x, "k": request.k, "bias": request.bias}
         arrays.require_output(call, given, shape, request.problem.y_dtype, request.x.device, inputs)
@@ -240,13 +244,6 @@ def workspace(call: str, limit: Any) -> int:
     if limit is None:
         return schedule.DEFAULT_WORKSPACE
     return geometry.as_integer(call, "workspace_limit", limit, 0, None)
-
-
-def require_array(call: str, out: Any) -> Any:
-    """Refuse an ``out`` that no result could be written to."""
-    if isinstance(out, (list, tuple, str, bytes)) or np.isscalar(out):
-        raise TypeError(f"{call}: out must be an array to write the result to; got {type(out).__name__}")
-    return out
 
 
 def execute(

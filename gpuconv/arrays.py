@@ -38,6 +38,16 @@ class Operand:
         return tuple(self.array.shape)
 
 
+def output(call: str, out: Any) -> Operand:
+    """``out=`` as an Operand over the caller's own memory; refused where gpuconv would have to write to a copy."""
+    shares = isinstance(out, np.ndarray) or hasattr(out, "__cuda_array_interface__") or hasattr(out, "__dlpack__")
+    if not shares:
+        raise TypeError(f"{call}: out must be an array to write the result to; got {type(out).__name__}")
+    if isinstance(out, np.ndarray) and not out.dtype.isnative:
+        raise TypeError(f"{call}: out has dtype {out.dtype.str}; its byte order must be the machine's own")
+    return operand(call, "out", out)
+
+
 def _root(value: Any) -> str:
     return type(value).__module__.partition(".")[0]
 
@@ -215,8 +225,11 @@ def require_output(
         raise ValueError(f"{call}: out lives on {place(out.device)}; the result belongs on {place(device)}, as x does")
     if isinstance(out.array, np.ndarray) and not out.array.flags.writeable:
         raise ValueError(f"{call}: out is read-only")
-    if any(step == 0 and extent > 1 for step, extent in zip(out.array.strides, shape, strict=True)):
-        raise ValueError(f"{call}: out is a broadcast array whose elements share memory; pass one with its own")
+    reach = out.array.itemsize
+    for step, extent in sorted((abs(step), extent) for step, extent in zip(out.array.strides, shape, strict=True)):
+        if extent > 1 and step < reach:
+            raise ValueError(f"{call}: out has elements that share memory (strides {out.array.strides}); pass another")
+        reach += (extent - 1) * step
     low, high = byte_bounds(out.array)
     for name, other in inputs.items():
         if other is None or other.device != out.device:

@@ -1,6 +1,6 @@
 """Every specialisation of every CUDA kernel becomes machine code, with no GPU: no spills, no stack, launchable.
 
-Numba writes PTX for a chosen architecture, NVIDIA's assembler turns it into machine code and reports what it took.
+Numba writes PTX for each architecture, NVIDIA's assembler turns it into machine code and reports what it took.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 import subprocess
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ ARCHITECTURES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0))
 
 # One specialisation per dtype and tile; the long profile adds pairs of two dtypes, which differ in the conversion of
 # what is loaded and in nothing else.
-SAME = [(name, name) for name in dtypes.CODES]
+SAME = [(name, name) for name in dtypes.CODES if name != "bool"]  # bool travels as uint8
 MIXED = [
     ("uint8", "int8"),
     ("float32", "int8"),
@@ -66,13 +67,13 @@ def assemble(ptx: str, cc: tuple[int, int], folder: Path) -> dict[str, int]:
     return {name: found[0] for name, found in figures.items()} | {"shared": int(shared[1]) if shared else 0}
 
 
-def direct_ptx(tile: direct.Tile, x: str, k: str, y: str, zero_points: bool, cc: tuple[int, int]) -> str:
-    from numba import types
-    from numba.cuda import compile
+def direct_library(tile: direct.Tile, x: str, k: str, y: str, zero_points: bool) -> Any:
+    """The kernel lowered to NVVM's language, which is the same for every architecture and takes the longest."""
+    from numba.cuda import compiler, types
 
     from gpuconv.backends.numba_cuda import direct_kernel
 
-    def vector(name: str) -> types.Array:
+    def vector(name: str) -> Any:
         return types.Array(convert.numba_type(name), 1, "C")
 
     sums = "float32" if y in ("float16", "bfloat16") else y
@@ -88,7 +89,11 @@ def direct_ptx(tile: direct.Tile, x: str, k: str, y: str, zero_points: bool, cc:
         *(number, number, vector(sums)),
     )
     body = direct_kernel.build(tile, x, k, y, zero_points)
-    ptx, _ = compile(body, signature, cc=cc, device=False, abi="numba", output="ptx")
+    return compiler._compile_pyfunc_with_fixup(body, signature, device=False, abi="numba", cc=ARCHITECTURES[0])[0]
+
+
+def ptx_of(library: Any, cc: tuple[int, int]) -> str:
+    (ptx,) = library.get_asm_strs(cc=cc)
     return ptx if isinstance(ptx, str) else ptx.decode()
 
 
@@ -109,21 +114,22 @@ SPECIALISATIONS = [
 
 
 @needs_ptxas
-@pytest.mark.parametrize("cc", ARCHITECTURES, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
 @pytest.mark.parametrize(("tile", "x", "k", "y", "zero_points"), SPECIALISATIONS)
-def test_direct_kernel_fits_in_registers(tile, x, k, y, zero_points, cc, tmp_path):
-    figures = assemble(direct_ptx(tile, x, k, y, zero_points, cc), cc, tmp_path)
-    assert figures["stack"] == figures["spill_stores"] == figures["spill_loads"] == 0, figures
-    assert figures["registers"] * tile.threads <= 65536, "a block must fit a multiprocessor's registers"
-    assert figures["shared"] <= 48 * 1024, "what a launch may use without asking"
+def test_direct_kernel_fits_in_registers(tile, x, k, y, zero_points, tmp_path):
+    library = direct_library(tile, x, k, y, zero_points)
+    for cc in ARCHITECTURES:
+        figures = assemble(ptx_of(library, cc), cc, tmp_path)
+        assert figures["stack"] == figures["spill_stores"] == figures["spill_loads"] == 0, (cc, figures)
+        assert figures["registers"] * tile.threads <= 65536, "a block must fit a multiprocessor's registers"
+        assert figures["shared"] <= 48 * 1024, "what a launch may use without asking"
 
 
 @needs_ptxas
 def test_a_spill_is_seen(tmp_path):
     """The test above can fail: a tile too large for the registers is caught."""
     greedy = direct.Tile(threads_o=16, threads_p=16, rows=16, columns=16, depth=8)
-    figures = assemble(direct_ptx(greedy, "float64", "float64", "float64", False, (8, 0)), (8, 0), tmp_path)
-    assert figures["stack"] > 0
+    library = direct_library(greedy, "float64", "float64", "float64", False)
+    assert assemble(ptx_of(library, (8, 0)), (8, 0), tmp_path)["stack"] > 0
 
 
 @pytest.mark.parametrize("tile", [*direct.TILES, direct.WIDE_COMPLEX128], ids=str)

@@ -1,0 +1,152 @@
+"""One timer for everything: contenders take turns, in blocks, and the median of many samples counts.
+
+Blocks, not single calls in turn: on the CPU every library keeps threads of its own, which go on waiting in a busy loop
+for some milliseconds after a call and take the cores from the next library. Each block therefore begins with a pause
+that lets them fall asleep and one call that is not timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any, Protocol
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call."""
+
+    median: float
+    min: float
+    max: float
+    repeats: int  # samples
+    calls: int  # calls per sample: short calls are timed in bunches
+    wall: float | None = None  # on a GPU, from the call to the end of the work as the host sees it
+
+    def facts(self) -> dict[str, float]:
+        facts = {f"{key}_s": value for key, value in asdict(self).items() if isinstance(value, float)}
+        rounded = {key: float(f"{value:.4g}") for key, value in facts.items()}
+        return rounded | {"repeats": self.repeats, "calls": self.calls}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured. The defaults are for figures, QUICK is for trying the machinery."""
+
+    rounds: int = 5  # blocks per contender
+    repeats: int = 50  # samples per contender, as far as time allows
+    least: int = 1  # samples per block, whatever time allows
+    shortest: float = 2e-4  # seconds per sample, at least
+    pause: float = 0.05  # seconds before a block; OpenBLAS's threads wait longest, 26 ms
+
+
+QUICK = Effort(rounds=2, repeats=4, shortest=0.0, pause=0.0)
+GPU = Effort(rounds=5, repeats=50, least=10, shortest=1e-3, pause=0.0)
+
+
+class Clock(Protocol):
+    name: str
+
+    def pause(self, seconds: float) -> None:
+        """Wait until nothing of an earlier block is under way."""
+
+    def sample(self, call: Call, calls: int) -> float:
+        """Seconds per call, of ``calls`` calls after one another."""
+
+    def wall(self, call: Call) -> float | None:
+        """Seconds from the call to the end of its work, where ``sample`` measures something else."""
+
+
+class WallClock:
+    name = "wall clock (perf_counter)"
+
+    def pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def sample(self, call: Call, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+
+    def wall(self, call: Call) -> float | None:
+        return None
+
+
+class EventClock:
+    """CUDA events around calls that are queued behind idle work, so that the GPU never waits for the host's launches.
+
+    ``make_event`` gives a new timing event, ``elapsed`` the milliseconds between two, ``synchronize`` waits for the
+    GPU, ``delay`` queues about a millisecond of idle work (or does nothing where there is no such kernel).
+    """
+
+    name = "CUDA events"
+
+    def __init__(self, make_event: Call, elapsed: Callable[[Any, Any], float], synchronize: Call, delay: Call) -> None:
+        self.make_event, self.elapsed, self.synchronize, self.delay = make_event, elapsed, synchronize, delay
+
+    def pause(self, seconds: float) -> None:
+        self.synchronize()
+
+    def sample(self, call: Call, calls: int) -> float:
+        start, stop = self.make_event(), self.make_event()
+        self.delay()
+        start.record()
+        for _ in range(calls):
+            call()
+        stop.record()
+        self.synchronize()
+        return self.elapsed(start, stop) / 1e3 / calls
+
+    def wall(self, call: Call) -> float | None:
+        self.synchronize()
+        start = time.perf_counter()
+        call()
+        self.synchronize()
+        return time.perf_counter() - start
+
+
+def pilot(call: Call, clock: Clock, effort: Effort) -> float:
+    """A rough time of a call that has already run once: the best of three samples, of one where it is slow."""
+    clock.pause(effort.pause)
+    first = clock.sample(call, 1)
+    return first if first > 0.5 else min(first, *(clock.sample(call, 1) for _ in range(3)))
+
+
+def race(
+    contenders: Mapping[str, Call], clock: Clock, seconds: float, effort: Effort | None = None
+) -> dict[str, Timing]:
+    """Time calls against one another: A B, B A, A B, ... in blocks, within about ``seconds`` in all."""
+    effort = effort or Effort()
+    if not contenders:
+        return {}
+    rough = {name: max(pilot(call, clock, effort), 1e-9) for name, call in contenders.items()}
+    calls = {name: max(1, ceil(effort.shortest / seconds_each)) for name, seconds_each in rough.items()}
+    share = seconds / (effort.rounds * len(contenders))
+    block = {
+        name: max(effort.least, min(ceil(effort.repeats / effort.rounds), int(share / (rough[name] * calls[name]))))
+        for name in contenders
+    }
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(effort.rounds):
+        for name in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
+            clock.pause(effort.pause)
+            contenders[name]()
+            samples[name] += [clock.sample(contenders[name], calls[name]) for _ in range(block[name])]
+    walls = {name: [clock.wall(call) for _ in range(block[name])] for name, call in contenders.items()}
+    return {
+        name: Timing(
+            statistics.median(found),
+            min(found),
+            max(found),
+            len(found),
+            calls[name],
+            None if None in walls[name] else statistics.median(w for w in walls[name] if w is not None),
+        )
+        for name, found in samples.items()
+    }
