@@ -11,12 +11,12 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bench.check import Arrays
-from gpuconv import dtypes
 from gpuconv.problem import Conv2dProblem
 
 
@@ -65,10 +65,10 @@ class Peer:
         raise NotImplementedError
 
 
-def _plain(problem: Conv2dProblem, modes: tuple[str, ...] = ("constant",)) -> list[str]:
+def _plain(problem: Conv2dProblem) -> list[str]:
     """What no peer has a call for: it would take a second pass over the data, and time that pass."""
     reasons = []
-    if problem.padding_mode not in modes or problem.padding_value != 0:
+    if problem.padding_mode != "constant" or problem.padding_value != 0:
         reasons.append("its convolution pads with zeros only")
     if problem.flip:
         reasons.append("flipping the kernel is a copy of its own")
@@ -89,6 +89,8 @@ def _planes(problem: Conv2dProblem, name: str) -> list[str]:
         reasons.append(f"{name} pads by half an odd kernel or, cropped, not at all")
     if problem.layout == "NHWC" and (problem.C, problem.O) != (1, 1):
         reasons.append(f"{name} filters planes, which NHWC does not keep together")
+    if problem.kernel_layout != "OIHW":
+        reasons.append(f"{name} wants the taps of a kernel together, as in OIHW")
     if problem.bias or problem.activation:
         reasons.append(f"{name} has no bias and no activation")
     if problem.x_dtype not in ("float32", "float64"):
@@ -97,13 +99,13 @@ def _planes(problem: Conv2dProblem, name: str) -> list[str]:
 
 
 def _plane_by_plane(
-    problem: Conv2dProblem, given: Arrays, function: Callable[[np.ndarray, np.ndarray], np.ndarray], valid: bool
+    problem: Conv2dProblem, given: Arrays, function: Callable[[np.ndarray, np.ndarray], np.ndarray], crops: bool
 ) -> Callable[[], np.ndarray]:
-    """A call that filters every plane; ``valid`` says that ``function`` itself leaves out the border."""
-    x, k, _ = (given.x.reshape(problem.x_shape), given.k.reshape(problem.k_shape), None)
+    """A call that filters every plane; ``crops`` says that ``function`` itself leaves out the border."""
+    x, k = given.x.reshape(problem.x_shape), given.k.reshape(problem.k_shape)
     H, W, outputs = problem.H, problem.W, problem.O // problem.groups
     crop = (slice(None), slice(None))
-    if problem.padding == ((0, 0), (0, 0)) and not valid:
+    if problem.padding == ((0, 0), (0, 0)) and not crops:
         top, left = problem.KH // 2, problem.KW // 2
         crop = (slice(top, H - top), slice(left, W - left))
     if (problem.N, problem.C, problem.O) == (1, 1, 1):  # no result to gather planes in: what the function returns
@@ -156,7 +158,7 @@ class SciPy(Peer):
         if problem.H * problem.W >= 64 * 64:  # below, a transform costs more than the sum it replaces
             found += [("signal.correlate fft", fast, True, threads), ("signal.oaconvolve", blocks, True, threads)]
         for name, function, crops, used in found:
-            call = _plane_by_plane(problem, given, function, valid=crops and valid)
+            call = _plane_by_plane(problem, given, function, crops=crops and valid)
             yield Contender(f"{name}, plane by plane", call, shaped, used)
 
 
@@ -173,7 +175,7 @@ class OpenCV(Peer):
         def function(x: np.ndarray, k: np.ndarray) -> np.ndarray:
             return cv2.filter2D(x, -1, k, borderType=cv2.BORDER_CONSTANT)
 
-        call = _plane_by_plane(problem, given, function, valid=False)
+        call = _plane_by_plane(problem, given, function, crops=False)
         x, k = given.x.reshape(problem.x_shape), given.k.reshape(problem.k_shape)
         outputs = problem.O // problem.groups
         if problem.padding != ((0, 0), (0, 0)) and (problem.N, problem.C, problem.O) != (1, 1, 1):
@@ -224,16 +226,13 @@ class Torch(Peer):
         for name, onednn in (("oneDNN", True), ("without oneDNN", False)):
             if onednn and not torch.backends.mkldnn.is_available():
                 continue
-            yield Contender(
-                f"{name}, {layout}", call, lambda y: y.float_() if False else _numpy(y), threads,
-                lambda onednn=onednn: activate(onednn),
-            )  # fmt: skip
+            yield Contender(f"{name}, {layout}", call, from_tensor, threads, partial(activate, onednn))
 
 
 PEERS: dict[str, Peer] = {"scipy": SciPy(), "torch": Torch(), "opencv": OpenCV()}
 
 
-def _numpy(y: Any) -> np.ndarray:
+def from_tensor(y: Any) -> np.ndarray:
     """A tensor (logically N, O, OH, OW whatever its strides) as a NumPy array; bfloat16, which is unknown to NumPy,
     becomes float32."""
     y = y.cpu()
@@ -281,8 +280,3 @@ def torch_restored() -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_grad_enabled(grad)
         torch.backends.mkldnn.set_flags(onednn)
-
-
-def item_bytes(problem: Conv2dProblem) -> int:
-    """Bytes of x and k together."""
-    return problem.bytes - problem.y_size * dtypes.itemsize(problem.y_dtype)

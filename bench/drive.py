@@ -1,0 +1,152 @@
+"""One driver for every device: check the answers, then let those that are right race, row after row."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.check import Arrays, Truth, Wrong, operands
+from bench.layers import Row
+from bench.peers import Contender
+from bench.record import Record
+from bench.timing import Clock, Effort, pilot, race
+from gpuconv.problem import Conv2dProblem
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One of gpuconv's ways to run a problem."""
+
+    implementation: str
+    contender: Contender
+
+
+@dataclass(frozen=True)
+class Field:
+    """Who takes part in a row: gpuconv by label, and each peer's settings, or the reason why it does not take part."""
+
+    ours: Mapping[str, Ours | str]
+    peers: Mapping[str, list[Contender] | str]
+
+
+Enter = Callable[[Conv2dProblem, Arrays], Field]
+
+
+def run(
+    rows: Sequence[Row],
+    enter: Enter,
+    record: Record,
+    clock: Clock,
+    minutes: float,
+    effort: Effort,
+    say: Callable[[str], None] = lambda line: None,
+) -> str | None:
+    """Measure ``rows`` within about ``minutes``; each is on file before the next begins. Returns why it stopped."""
+    deadline = time.monotonic() + 60 * minutes
+    stopped: str | None = None
+    try:
+        for index, row in enumerate(rows):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                stopped = f"out of time after {minutes:g} minutes"
+                break
+            measured = measure(row.problem, enter, clock, left / (len(rows) - index), effort)
+            record.add(row, measured)
+            say(_line(row, measured))
+    except KeyboardInterrupt:
+        stopped = "interrupted"
+    record.close(stopped)
+    return stopped
+
+
+def measure(
+    problem: Conv2dProblem, enter: Enter, clock: Clock, seconds: float, effort: Effort, truth: Truth | None = None
+) -> dict[str, Any]:
+    """One row: gpuconv and peers checked, then timed against one another in about ``seconds`` in all."""
+    start = time.monotonic()
+    given = operands(problem)
+    truth = truth or Truth(problem, given)
+    field = enter(problem, given)
+    measured: dict[str, Any] = {"gpuconv": {}, "peers": {}, "ratios": {}}
+    calls: dict[tuple[str, str], Contender] = {}
+    for label, ours in field.ours.items():
+        if isinstance(ours, str):
+            measured["gpuconv"][label] = {"refused": ours}
+            continue
+        entry = measured["gpuconv"][label] = {"implementation": ours.implementation}
+        try:
+            ours.contender.activate()
+            entry["accuracy"] = truth.require(ours.contender.to_numpy(ours.contender.call())).facts()
+        except Exception as error:  # whatever it is, the other rows are worth having
+            entry["refused"] = _sentence(error)
+        else:
+            calls["gpuconv", label] = ours.contender
+    if calls:  # without one of ours to compare with, the time of a peer is nobody's question
+        for name, settings in field.peers.items():
+            if isinstance(settings, str):
+                measured["peers"][name] = {"reason": settings}
+                continue
+            best, measured["peers"][name] = _best(settings, truth, clock, effort)
+            if best is not None:
+                best.activate()
+                calls["peers", name] = best
+    timed = race(
+        {f"{side} {name}": contender.call for (side, name), contender in calls.items()},
+        clock,
+        max(seconds - (time.monotonic() - start), 0.0),
+        effort,
+    )
+    for side, name in calls:
+        measured[side][name] |= timed[f"{side} {name}"].facts()
+    for side, label in calls:
+        if side == "gpuconv":
+            ours_time = timed[f"gpuconv {label}"].median
+            against = {name: timed[f"peers {name}"].median for other, name in calls if other == "peers"}
+            measured["ratios"][label] = {name: float(f"{t / ours_time:.4g}") for name, t in against.items()}
+    return measured
+
+
+def _best(
+    settings: Sequence[Contender], truth: Truth, clock: Clock, effort: Effort
+) -> tuple[Contender | None, dict[str, Any]]:
+    """A peer's fastest setting among those whose answer is right, and what was tried."""
+    tried: dict[str, Any] = {}
+    best: tuple[float, Contender, dict[str, float]] | None = None
+    for contender in settings:
+        try:
+            contender.activate()
+            start = time.perf_counter()
+            accuracy = truth.accept(contender.to_numpy(contender.call())).facts()
+            once = time.perf_counter() - start
+            if best is not None and once > 1 and once > 20 * best[0]:
+                tried[contender.setting] = float(f"{once:.3g}")  # a first call tells enough
+                continue
+            rough = pilot(contender.call, clock, effort)
+        except Exception as error:
+            tried[contender.setting] = _sentence(error)
+            continue
+        tried[contender.setting] = float(f"{rough:.3g}")
+        if best is None or rough < best[0]:
+            best = rough, contender, accuracy
+    if best is None:
+        reasons = "; ".join(f"{setting}: {found}" for setting, found in tried.items())
+        return None, {"reason": reasons or "no setting to try"}
+    _, contender, accuracy = best
+    return contender, {
+        "setting": contender.setting, "threads": contender.threads, "accuracy": accuracy, "tried_s": tried,
+    }  # fmt: skip
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"its answer is wrong: {text}" if isinstance(error, Wrong) else f"{type(error).__name__}: {text}"
+
+
+def _line(row: Row, measured: dict[str, Any]) -> str:
+    found = []
+    for label, entry in measured["gpuconv"].items():
+        against = ", ".join(f"{peer} {ratio:.3g}" for peer, ratio in measured["ratios"].get(label, {}).items())
+        found.append(f"{label}: {entry.get('refused') or against or 'no peer'}")
+    return f"{row.suite}: {row.name}: {'; '.join(found)}"
