@@ -96,7 +96,7 @@ def gpu(dry_run: bool, minutes: float, path: Path | None, **options: Any) -> Non
     effort = timing.QUICK if dry_run else timing.GPU
     with peers.torch_restored():
         enter = driver.field(rig, options["backend"])
-        _run("gpu", rows, options | facts, enter, rig.clock(), minutes, effort, path)
+        _run("gpu rehearsal" if dry_run else "gpu", rows, options | facts, enter, rig.clock(), minutes, effort, path)
 
 
 def _check_backend(backend: str | None) -> None:
@@ -130,12 +130,14 @@ def _run(
 
     from bench import drive, record
 
-    path = path or Path("out") / f"bench-{kind}-{datetime.now():%Y%m%d-%H%M%S}.json"
+    path = path or Path("out") / f"bench-{kind.replace(' ', '-')}-{datetime.now():%Y%m%d-%H%M%S}.json"
     settings = settings | {"minutes": minutes, "clock": clock.name, "effort": asdict(effort)}
     book = record.Record(path, kind, settings, rows)
     stopped = drive.run(rows, enter, book, clock, minutes, effort, lambda line: click.echo(line, err=True))
     record.show(book, Console(width=None if os.isatty(1) else 160))
     click.echo(f"{len(book.data['rows'])} of {len(rows)} rows in {path}")
+    if "rehearsal" in kind:
+        click.echo("A rehearsal: tiny layers on the CPU; the times and ratios say nothing about a GPU.")
     if stopped == "interrupted":
         raise SystemExit(_INTERRUPTED)
     if book.refusals():

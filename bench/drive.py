@@ -57,6 +57,9 @@ def run(
             say(_line(row, measured))
     except KeyboardInterrupt:
         stopped = "interrupted"
+    except Exception as error:
+        record.close(_sentence(error))
+        raise
     record.close(stopped)
     return stopped
 
@@ -100,6 +103,8 @@ def measure(
     )
     for side, name in calls:
         measured[side][name] |= timed[f"{side} {name}"].facts()
+    unsteady = [f"{side} {name}" for side, name in calls if timed[f"{side} {name}"].unsteady]
+    measured |= {"unsteady": unsteady} if unsteady else {}
     for side, label in calls:
         if side == "gpuconv":
             ours_time = timed[f"gpuconv {label}"].median

@@ -48,7 +48,7 @@ class Rig:
         return y
 
     def peers(self, problem: Conv2dProblem, given: Arrays) -> dict[str, list[peers.Contender] | str]:
-        return {"cudnn": cudnn(self, problem, given, "cpu")}
+        return {"stand-in for cudnn": cudnn(self, problem, given, "cpu")}
 
 
 class _Gpu(Rig):

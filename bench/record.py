@@ -148,6 +148,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         result.setdefault(suite, {}).setdefault(label, {})[peer] = {
             "geometric_mean": float(f"{mean:.3g}"),
             "rows": len(ratios),
+            "unsteady": sum(row["name"] in ratios and row["suite"] == suite for row in rows if row.get("unsteady")),
             "lowest": [low, ratios[low]],
             "highest": [high, ratios[high]],
         }
@@ -179,8 +180,12 @@ def show(record: Record, console: Console) -> None:
             seconds = entry["median_s"]
             cells += [time_text(seconds), f"{row['flops'] / seconds / 1e9:.3g}", f"{entry['accuracy']['unit_a']:.2g}"]
             ratios = row["ratios"].get(label, {})
-            table.add_row(*cells, *(f"{ratios[peer]:.3g}" if peer in ratios else "–" for peer in peers))
+            mark = "?" if row.get("unsteady") else ""
+            table.add_row(*cells, *(f"{ratios[peer]:.3g}{mark}" if peer in ratios else "–" for peer in peers))
     console.print(table)
+
+    if any(row.get("unsteady") for row in rows):
+        console.print("? unsteady: a median above 1.5 times the least; is the machine doing something else?")
 
     reasons: dict[tuple[str, str], int] = {}
     for row in rows:
@@ -193,13 +198,15 @@ def show(record: Record, console: Console) -> None:
     for line in record.refusals():
         console.print(f"refused: {line}", style="red", markup=False, highlight=False)
 
-    means = Table("suite", "gpuconv", "against", "geometric mean", "rows", "lowest", "highest")
+    means = Table("suite", "gpuconv", "against", "geometric mean", "rows", "unsteady", "lowest", "highest")
     for suite, labels in record.data["summary"].items():
         for label, against in labels.items():
             for peer, facts in against.items():
+                counts = [str(facts[key]) for key in ("rows", "unsteady")]
                 extremes = [f"{ratio:.3g} ({name})" for name, ratio in (facts["lowest"], facts["highest"])]
-                means.add_row(suite, label, peer, f"{facts['geometric_mean']:.3g}", str(facts["rows"]), *extremes)
-    console.print(means)
+                means.add_row(suite, label, peer, f"{facts['geometric_mean']:.3g}", *counts, *extremes)
+    if means.row_count:
+        console.print(means)
     if record.data["not_reached"]:
         count = len(record.data["not_reached"])
         console.print(f"{record.data['stopped']}: {count} rows were not reached", markup=False)

@@ -1,8 +1,9 @@
 """One timer for everything: contenders take turns, in blocks, and the median of many samples counts.
 
 Blocks, not single calls in turn: on the CPU every library keeps threads of its own, which go on waiting in a busy loop
-for some milliseconds after a call and take the cores from the next library. Each block therefore begins with a pause
-that lets them fall asleep and one call that is not timed.
+for some milliseconds after a call and take the cores from the next library. On two cores, NumPy's and PyTorch's calls
+took four to nine times as long with a pause of 10 ms between blocks as with 50 ms, or as alone. Each block therefore
+begins with a pause that lets them fall asleep, and with calls that are not timed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any, Protocol
 
 Call = Callable[[], Any]
 
+# Seconds of untimed calls at the start of a block: caches, threads and the processor's clock come back from a pause.
+_WARM_UP = 0.01
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -27,6 +31,11 @@ class Timing:
     repeats: int  # samples
     calls: int  # calls per sample: short calls are timed in bunches
     wall: float | None = None  # on a GPU, from the call to the end of the work as the host sees it
+
+    @property
+    def unsteady(self) -> bool:
+        """Whether half of the samples took far longer than the best: something else had the processor."""
+        return self.median > 1.5 * self.min
 
     def facts(self) -> dict[str, float]:
         facts = {f"{key}_s": value for key, value in asdict(self).items() if isinstance(value, float)}
@@ -118,6 +127,11 @@ def pilot(call: Call, clock: Clock, effort: Effort) -> float:
     return first if first > 0.5 else min(first, *(clock.sample(call, 1) for _ in range(3)))
 
 
+def _warm_up_calls(seconds: float) -> int:
+    # A call of half a second warms up within itself.
+    return 0 if seconds > 0.5 else max(1, min(20, int(_WARM_UP / seconds)))
+
+
 def race(
     contenders: Mapping[str, Call], clock: Clock, seconds: float, effort: Effort | None = None
 ) -> dict[str, Timing]:
@@ -127,16 +141,19 @@ def race(
         return {}
     rough = {name: max(pilot(call, clock, effort), 1e-9) for name, call in contenders.items()}
     calls = {name: max(1, ceil(effort.shortest / seconds_each)) for name, seconds_each in rough.items()}
-    share = seconds / (effort.rounds * len(contenders))
+    # Fewer blocks where the slowest alone would take all the time, and three at the least for a median.
+    rounds = min(effort.rounds, max(3, int(seconds / sum(rough.values()))))
+    share = seconds / (rounds * len(contenders))
     block = {
-        name: max(effort.least, min(ceil(effort.repeats / effort.rounds), int(share / (rough[name] * calls[name]))))
+        name: max(effort.least, min(ceil(effort.repeats / rounds), int(share / (rough[name] * calls[name]))))
         for name in contenders
     }
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(effort.rounds):
+    for turn in range(rounds):
         for name in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
             clock.pause(effort.pause)
-            contenders[name]()
+            for _ in range(_warm_up_calls(rough[name])):
+                contenders[name]()
             samples[name] += [clock.sample(contenders[name], calls[name]) for _ in range(block[name])]
     walls = {name: [clock.wall(call) for _ in range(block[name])] for name, call in contenders.items()}
     return {

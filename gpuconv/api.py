@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -177,29 +178,23 @@ def prepare(
     """Check every argument that describes the convolution; nothing is computed or moved."""
     image, kernel = arrays.operand(call, "x", x), arrays.operand(call, "k", k)
     offset = None if bias is None else as_bias(call, bias)
-    zero_points = as_zero_points(call, k_zero_point, kernel.dtype)
+    zero_points = as_zero_points(call, k_zero_point)
     problem = Conv2dProblem.of(
         image.shape, kernel.shape, call=call, x_dtype=image.dtype, k_dtype=kernel.dtype, dtype=dtype,
         bias=offset is not None, stride=stride, padding=padding, dilation=dilation, groups=groups,
         padding_mode=padding_mode, padding_value=padding_value, flip=flip, layout=layout, kernel_layout=kernel_layout,
-        activation=activation, x_zero_point=x_zero_point, k_zero_point=zero_points is not None, precision=precision,
+        activation=activation, x_zero_point=x_zero_point, k_zero_point=bool(zero_points.any()), precision=precision,
     )  # fmt: skip
-    if zero_points is not None and zero_points.shape not in ((), (1,), (problem.O,)):
-        raise ValueError(
-            f"{call}: k_zero_point must be one integer or one per output channel, shape ({problem.O},); "
-            f"got shape {zero_points.shape}"
-        )
+    check_zero_points(call, zero_points, problem)
     if offset is not None:
         check_bias(call, offset, problem)
-    if zero_points is not None:
-        zero_points = np.broadcast_to(zero_points, (problem.O,))
-    return Request(problem, image, kernel, offset, zero_points)
+    return Request(problem, image, kernel, offset, zero_points if problem.k_zero_point else None)
 
 
 def as_bias(call: str, bias: Any) -> Operand:
     """The bias as an operand; a number is refused, most kindly when a stride was meant."""
-    if np.ndim(bias) == 0 and not hasattr(bias, "shape"):
-        hint = "; the third argument is the bias, did you mean stride=?" if isinstance(bias, (int, tuple)) else ""
+    if isinstance(bias, (Number, np.generic)):
+        hint = "; the third argument is the bias, did you mean stride=?" if isinstance(bias, (int, np.integer)) else ""
         raise TypeError(
             f"{call}: bias must be an array of shape (O,), one number per output channel; got {bias!r}{hint}"
         )
@@ -224,19 +219,24 @@ def check_bias(call: str, bias: Operand, problem: Conv2dProblem) -> None:
         problem.check_overflow(call, max(abs(low), abs(high)))
 
 
-def as_zero_points(call: str, value: Any, dtype: str) -> np.ndarray[Any, Any] | None:
-    """k's zero points as host integers, or None when they are all zero."""
-    if not isinstance(value, (list, tuple)) and not hasattr(value, "shape"):
-        value = geometry.as_integer(call, "k_zero_point", value, -(2**62), 2**62)
-        points = np.asarray(value)
-    else:
-        points = arrays.to_host(arrays.operand(call, "k_zero_point", value).array)
-        if points.dtype.kind not in "iu":
-            raise TypeError(f"{call}: k_zero_point must be integers; got dtype {points.dtype}")
-    if not points.any():
-        return None
-    check_zero_point(call, "k_zero_point", int(points.min()), int(points.max()), dtype)
-    return points.astype(np.int64)
+def as_zero_points(call: str, value: Any) -> np.ndarray[Any, Any]:
+    """k's zero points as a host array of integers."""
+    if isinstance(value, (Number, np.generic, str, bytes)) or value is None:
+        return np.asarray(geometry.as_integer(call, "k_zero_point", value, -(2**62), 2**62))
+    points = arrays.to_host(arrays.operand(call, "k_zero_point", value).array)
+    if points.dtype.kind not in "iu":
+        raise TypeError(f"{call}: k_zero_point must be integers; got dtype {points.dtype}")
+    return points
+
+
+def check_zero_points(call: str, points: np.ndarray[Any, Any], problem: Conv2dProblem) -> None:
+    """Refuse zero points of a shape that fits no kernel, or beyond the range of k's dtype."""
+    if points.shape not in ((), (1,), (problem.O,)):
+        raise ValueError(
+            f"{call}: k_zero_point must be one integer or one per output channel, shape ({problem.O},); "
+            f"got shape {points.shape}"
+        )
+    check_zero_point(call, "k_zero_point", int(points.min()), int(points.max()), problem.k_dtype)
 
 
 def workspace(call: str, limit: Any) -> int:
@@ -273,12 +273,16 @@ def execute(
         y = out if in_place else _empty(shape, dtype, ordinal)
         view = as_nchw(y, problem.layout)
         bias = moved(request.bias)
+        points = request.k_zero_point
+        if points is not None:
+            points = np.broadcast_to(points, (problem.O,)).astype(np.int64)
         if problem.y_size and problem.products:
             operands = Operands(
                 as_nchw(moved(request.x), problem.layout),
                 as_oihw(moved(request.k), problem.kernel_layout, problem.flip),
                 bias,
-                request.k_zero_point if ordinal is None else _on(request.k_zero_point, ordinal),
+                points if ordinal is None or points is None else arrays.to_device(points, ordinal),
+                target.ordinal,
                 stream,
             )
             implementation.run(choice.plan, operands, view)
@@ -291,10 +295,6 @@ def execute(
             return y
         out[...] = y
         return out
-
-
-def _on(values: Any, ordinal: int) -> Array | None:
-    return None if values is None else arrays.to_device(np.ascontiguousarray(values), ordinal)
 
 
 def _empty(shape: tuple[int, ...], dtype: Any, ordinal: int | None) -> Array:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv import dtypes
+from gpuconv.geometry import as_integer
 
 Array = Any  # numpy.ndarray or cupy.ndarray; CuPy has no stubs
 
@@ -43,6 +44,8 @@ def output(call: str, out: Any) -> Operand:
     shares = isinstance(out, np.ndarray) or hasattr(out, "__cuda_array_interface__") or hasattr(out, "__dlpack__")
     if not shares:
         raise TypeError(f"{call}: out must be an array to write the result to; got {type(out).__name__}")
+    if _is_torch(out) and (out.is_conj() or out.is_neg()):
+        raise ValueError(f"{call}: out is a conjugate or negative view; pass the tensor it is a view of")
     if isinstance(out, np.ndarray) and not out.dtype.isnative:
         raise TypeError(f"{call}: out has dtype {out.dtype.str}; its byte order must be the machine's own")
     return operand(call, "out", out)
@@ -54,13 +57,15 @@ def _root(value: Any) -> str:
 
 def operand(call: str, name: str, value: Any) -> Operand:
     """``value`` as an Operand; a TypeError that names ``name`` when it is no array of numbers."""
+    if isinstance(value, type):
+        raise TypeError(f"{call}: {name} must be an array of numbers; got the class {value.__name__}")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{call}: {name} is a masked array; fill or drop its masked elements first ({name}.filled(0))")
     if isinstance(value, Operand):
         return value
     if isinstance(value, np.ndarray):
         return _host(call, name, np.asarray(value))
-    if _root(value) == "torch" and hasattr(value, "requires_grad"):
+    if _is_torch(value):
         return _from_torch(call, name, value)
     if _root(value) == "cupy" and hasattr(value, "__cuda_array_interface__"):
         return _on_gpu(call, name, value)
@@ -71,15 +76,13 @@ def operand(call: str, name: str, value: Any) -> Operand:
     if hasattr(value, "__cuda_array_interface__"):
         return _on_gpu(call, name, _cupy(call, name).asarray(value))
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
-        kind = int(value.__dlpack_device__()[0])
-        if kind in _CUDA_DLPACK:
-            return _on_gpu(call, name, _cupy(call, name).from_dlpack(value))
-        if kind not in _HOST_DLPACK:
-            raise TypeError(f"{call}: {name} lives on DLPack device type {kind}; gpuconv takes host memory and CUDA")
-        return _host(call, name, np.from_dlpack(value))
-    if not (isinstance(value, (list, tuple, range)) or hasattr(value, "__array__")):
-        if not (hasattr(value, "__array_interface__") or hasattr(value, "__buffer__") or np.isscalar(value)):
-            raise TypeError(f"{call}: {name} must be an array of numbers; got {type(value).__name__}")
+        return _from_dlpack(call, name, value)
+    numbers = isinstance(value, (list, tuple, range)) or np.isscalar(value)
+    if not (numbers or hasattr(value, "__array__") or hasattr(value, "__array_interface__")):
+        try:
+            value = memoryview(value)
+        except TypeError:
+            raise TypeError(f"{call}: {name} must be an array of numbers; got {type(value).__name__}") from None
     try:
         array = np.asarray(value)
     except ValueError as error:
@@ -87,15 +90,30 @@ def operand(call: str, name: str, value: Any) -> Operand:
     return _host(call, name, array)
 
 
+def _from_dlpack(call: str, name: str, value: Any) -> Operand:
+    kind = int(value.__dlpack_device__()[0])
+    if kind not in (*_CUDA_DLPACK, *_HOST_DLPACK):
+        raise TypeError(f"{call}: {name} lives on DLPack device type {kind}; gpuconv takes host memory and CUDA")
+    on_gpu = kind in _CUDA_DLPACK
+    library = _cupy(call, name) if on_gpu else np
+    try:
+        array = library.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{call}: {name} cannot be read through DLPack: {error}") from error
+    return _on_gpu(call, name, array) if on_gpu else _host(call, name, array)
+
+
 def _host(call: str, name: str, array: np.ndarray[Any, Any]) -> Operand:
-    dtype = dtypes.name_of(call, name, array.dtype)
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    return Operand(array, "numpy", None, dtype)
+    return Operand(array, "numpy", None, dtypes.name_of(call, f"{name} has dtype", array.dtype))
 
 
 def _on_gpu(call: str, name: str, array: Array) -> Operand:
-    return Operand(array, "cupy", int(array.device.id), dtypes.name_of(call, name, array.dtype))
+    return Operand(array, "cupy", int(array.device.id), dtypes.name_of(call, f"{name} has dtype", array.dtype))
+
+
+def _is_torch(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _cupy(call: str, name: str) -> Any:
@@ -116,23 +134,24 @@ def _from_torch(call: str, name: str, tensor: Any) -> Operand:
         raise TypeError(f"{call}: {name} requires grad, and gpuconv does not record gradients; detach() it")
     if str(tensor.layout) != "torch.strided":
         raise TypeError(f"{call}: {name} is a tensor of layout {tensor.layout}; convert it with to_dense()")
+    kind_of_number = dtypes.name_of(call, f"{name} has dtype", str(tensor.dtype).removeprefix("torch."))
     tensor = tensor.resolve_conj().resolve_neg()
     kind, ordinal = tensor.device.type, tensor.device.index
     if kind not in ("cpu", "cuda"):
         raise TypeError(f"{call}: {name} lives on torch device {tensor.device}; gpuconv takes cpu and cuda tensors")
     # DLPack has no bfloat16 for NumPy, so it travels as its bits.
-    brain = str(tensor.dtype) == "torch.bfloat16"
+    brain = kind_of_number == "bfloat16"
     if brain:
         tensor = tensor.view(sys.modules["torch"].int16)
     if kind == "cpu":
         array = tensor.numpy()
         array = array.view(dtypes.numpy_dtype("bfloat16")) if brain else array
-        return Operand(array, "torch", None, dtypes.name_of(call, name, array.dtype))
+        return Operand(array, "torch", None, kind_of_number)
     cupy = _cupy(call, name)
     array = cupy.from_dlpack(tensor)
     array = array.view(dtypes.numpy_dtype("bfloat16")) if brain else array
     stream = int(sys.modules["torch"].cuda.current_stream(ordinal).cuda_stream)
-    return Operand(array, "torch", int(ordinal), dtypes.name_of(call, name, array.dtype), stream)
+    return Operand(array, "torch", int(ordinal), kind_of_number, stream)
 
 
 def deliver(array: Array, library: str) -> Any:
@@ -158,8 +177,15 @@ def to_device(array: Array, ordinal: int) -> Array:
 
     if not isinstance(array, np.ndarray) and int(array.device.id) == ordinal:
         return array
+    if isinstance(array, np.ndarray):
+        array = native(array)
     with cupy.cuda.Device(ordinal):
         return cupy.asarray(array)
+
+
+def native(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """``array`` in the machine's own byte order."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def on_stream(ordinal: int | None, stream: int | None) -> AbstractContextManager[Any]:
@@ -193,15 +219,23 @@ def stream_pointer(call: str, stream: Any) -> int | None:
     """The address of a CUDA stream given as CuPy, PyTorch, Numba or ``__cuda_stream__`` object, or as an integer."""
     if stream is None:
         return None
+    address: Any = stream
     if hasattr(stream, "__cuda_stream__"):
         protocol = stream.__cuda_stream__
-        return int((protocol() if callable(protocol) else protocol)[1])
-    for attribute in ("ptr", "cuda_stream"):
-        if hasattr(stream, attribute):
-            return int(getattr(stream, attribute))
-    if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
-        return stream
-    raise TypeError(f"{call}: stream must be a CUDA stream object or its address as an integer; got {stream!r}")
+        answer = protocol() if callable(protocol) else protocol
+        if not (isinstance(answer, tuple) and len(answer) == 2):
+            raise TypeError(f"{call}: stream's __cuda_stream__ must give (version, address); got {answer!r}")
+        address = answer[1]
+    elif hasattr(stream, "ptr"):
+        address = stream.ptr
+    elif hasattr(stream, "cuda_stream"):
+        address = stream.cuda_stream
+    try:
+        return as_integer(call, "stream", address, 0, 2**64)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{call}: stream must be a CUDA stream object or its address, an integer; got {stream!r}"
+        ) from None
 
 
 def byte_bounds(array: Array) -> tuple[int, int]:
@@ -227,7 +261,7 @@ def require_output(
         raise ValueError(f"{call}: out is read-only")
     reach = out.array.itemsize
     for step, extent in sorted((abs(step), extent) for step, extent in zip(out.array.strides, shape, strict=True)):
-        if extent > 1 and step < reach:
+        if out.array.size and extent > 1 and step < reach:
             raise ValueError(f"{call}: out has elements that share memory (strides {out.array.strides}); pass another")
         reach += (extent - 1) * step
     low, high = byte_bounds(out.array)

@@ -81,6 +81,12 @@ def reasons(name: str, problem: Conv2dProblem, target: Target) -> list[str]:
     return [missing] if missing is not None else module.unsupported(problem, target)
 
 
+def attempt(name: str, problem: Conv2dProblem, target: Target, limit: int) -> tuple[Plan | None, list[str]]:
+    """The plan of ``name``, or None and the reasons; a MemoryError when only ``limit`` stands in the way."""
+    found = reasons(name, problem, target)
+    return (None, found) if found else (implementation(name).plan(problem, target, limit), [])
+
+
 @lru_cache(maxsize=1024)
 def choose(call: str, problem: Conv2dProblem, target: Target, backend: str | None, limit: int) -> Choice:
     """The first implementation, in order of preference, that can run ``problem`` on ``target`` within ``limit``.
@@ -99,13 +105,12 @@ def choose(call: str, problem: Conv2dProblem, target: Target, backend: str | Non
     rejected: list[tuple[str, tuple[str, ...]]] = []
     shortage: MemoryError | None = None
     for name in names:
-        found = reasons(name, problem, target)
-        if not found:
-            try:
-                plan = implementation(name).plan(problem, target, limit)
-            except MemoryError as error:
-                shortage, found = shortage or error, [str(error)]
-            else:
+        try:
+            plan, found = attempt(name, problem, target, limit)
+        except MemoryError as error:
+            shortage, found = shortage or error, [str(error)]
+        else:
+            if plan is not None:
                 return Choice(name, plan, why if not rejected else "the first that can run", tuple(rejected))
         rejected.append((name, tuple(found)))
     if shortage is not None:
@@ -128,9 +133,9 @@ def gpu_missing() -> list[tuple[str, str]]:
 
 def parse_device(call: str, device: Any) -> tuple[str | None, int | None]:
     """``device`` as (None, "cpu", "cuda" or "auto"; ordinal)."""
-    if device is None or device in ("cpu", "cuda", "auto"):
+    if device is None or (isinstance(device, str) and device in ("cpu", "cuda", "auto")):
         return device, None
-    match = re.fullmatch(r"cuda:(\d{1,4})", device) if isinstance(device, str) else None
+    match = re.fullmatch(r"cuda:([0-9]{1,4})", device) if isinstance(device, str) else None
     if match is None:
         raise ValueError(f"{call}: device must be None, 'cpu', 'cuda', 'cuda:<ordinal>' or 'auto'; got {device!r}")
     return "cuda", int(match[1])
@@ -162,14 +167,20 @@ def resolve(call: str, device: Any, backend: Any, home: int | None, stacklevel: 
         return _gpu(call, ordinal, home)
     details = "; ".join(f"{name}: {reason}" for name, reason in missing)
     message = f"{call}: device={device!r} finds no usable GPU ({details})"
-    policy = os.environ.get("GPUCONV_FALLBACK", "warn")
-    if policy not in ("warn", "error", "silent"):
-        raise ValueError(f"GPUCONV_FALLBACK must be warn, error or silent; got {policy!r}")
+    policy = fallback_policy()
     if policy == "error":
         raise NoBackendError(f"{message}; GPUCONV_FALLBACK=error forbids the CPU")
     if policy == "warn":
         warnings.warn(f"{message}; running on the CPU", DeviceFallbackWarning, stacklevel=stacklevel)
     return Target("cpu")
+
+
+def fallback_policy() -> str:
+    """What a missing GPU leads to: ``GPUCONV_FALLBACK``, one of warn, error and silent."""
+    policy = os.environ.get("GPUCONV_FALLBACK", "warn")
+    if policy not in ("warn", "error", "silent"):
+        raise ValueError(f"GPUCONV_FALLBACK must be warn, error or silent; got {policy!r}")
+    return policy
 
 
 def _gpu(call: str, ordinal: int | None, home: int | None) -> Target:

@@ -64,8 +64,11 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return result
 
 
-def name_of(call: str, argument: str, dtype: Any) -> str:
-    """The name of ``dtype`` (a NumPy dtype, a scalar type or a string), or a TypeError saying what is accepted."""
+def name_of(call: str, subject: str, dtype: Any) -> str:
+    """The name of ``dtype`` (a NumPy dtype, a scalar type or a string), or a TypeError saying what is accepted.
+
+    ``subject`` begins the message: "x has dtype", "dtype is".
+    """
     if isinstance(dtype, str) and dtype in CODES:
         return dtype  # "bfloat16" is no dtype of NumPy's own
     try:
@@ -75,7 +78,7 @@ def name_of(call: str, argument: str, dtype: Any) -> str:
     if name not in CODES:
         hint = "; convert it to float64" if name in ("longdouble", "float128", "float96") else ""
         hint = "; values below 2**63 fit int64" if name == "uint64" else hint
-        raise TypeError(f"{call}: {argument} has dtype {name}, which is not one of {', '.join(CODES)}{hint}")
+        raise TypeError(f"{call}: {subject} {name}, which is not one of {', '.join(CODES)}{hint}")
     return name
 
 
@@ -103,7 +106,7 @@ def result_and_sum(call: str, x: str, k: str, dtype: Any) -> tuple[str, str]:
     if dtype is None:
         result = default
     else:
-        result = name_of(call, "dtype=", dtype)
+        result = name_of(call, "dtype is", dtype)
         if result not in _RESULTS:
             raise TypeError(
                 f"{call}: dtype must be one of {', '.join(_RESULTS)} (integers are summed in 32 or 64 bits); "

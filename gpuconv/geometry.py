@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int64]
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
 Pair = tuple[int, int]
 Pads = tuple[Pair, Pair]
 
@@ -31,16 +30,22 @@ PADDING_MODE_ALIASES = {"zeros": "constant", "replicate": "edge", "circular": "w
 def as_integer(call: str, name: str, value: Any, minimum: int, limit: int | None = STEP_LIMIT) -> int:
     """``value`` as an int in [minimum, limit), refusing floats (1.0) and booleans (True)."""
     try:
-        if isinstance(value, (bool, np.bool_)):
+        # Any library's booleans count as such: a tensor of one True has an index too.
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
             raise TypeError
         result = operator.index(value)
     except TypeError:
         raise TypeError(f"{call}: {name} must be an integer; got {value!r} of type {type(value).__name__}") from None
     if result < minimum:
-        raise ValueError(f"{call}: {name} must be at least {minimum}; got {result}")
+        raise ValueError(f"{call}: {name} must be at least {minimum}; got {shown(result)}")
     if limit is not None and result >= limit:
-        raise ValueError(f"{call}: {name} must be below {limit}; got {result}")
+        raise ValueError(f"{call}: {name} must be below {limit}; got {shown(result)}")
     return result
+
+
+def shown(value: int) -> str:
+    """``value`` for a message; Python refuses to print integers of thousands of digits."""
+    return str(value) if value.bit_length() <= 256 else f"an integer of {value.bit_length()} bits"
 
 
 def _is_sequence(value: Any) -> bool:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 
 from gpuconv import dispatch
 from gpuconv._version import __version__
@@ -23,6 +21,8 @@ class Info:
     implementations: dict[str, str | None]  # name -> None when usable, else why not and the remedy
 
     def __str__(self) -> str:
+        import platform
+
         lines = [f"gpuconv {__version__}, Python {platform.python_version()}, {platform.platform()}"]
         lines += ["CPU: " + (platform.processor() or platform.machine()) + f", {os.cpu_count()} threads"]
         lines += [f"GPU: {gpu}" for gpu in self.gpus] or ["GPU: none usable"]
@@ -44,6 +44,8 @@ def info() -> Info:
     Info
         Versions of the libraries found, the GPUs, and each implementation with its state. ``print`` it.
     """
+    from importlib import metadata  # slow to import, and needed here alone
+
     versions = {}
     for package in _PACKAGES:
         try:

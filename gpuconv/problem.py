@@ -10,8 +10,9 @@ It is the name of a test, a row of a benchmark, and the text in an error.
 
 from __future__ import annotations
 
-import re
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -157,36 +158,16 @@ class Conv2dProblem:
 
     def __str__(self) -> str:
         """The problem as one line; defaults are left out."""
-        parts = [f"n{self.N}c{self.C}h{self.H}w{self.W}", f"o{self.O}kh{self.KH}kw{self.KW}"]
-        steps = "".join(
-            f"{letter}{_pair(value)}"
-            for letter, value, default in (("s", self.stride, (1, 1)), ("d", self.dilation, (1, 1)))
-            if value != default
-        )
-        pads = f"p{_pads(self.padding)}" if self.padding != NO_PADS else ""
-        groups = f"g{self.groups}" if self.groups != 1 else ""
-        parts.append(steps + pads + groups)
-        parts.append(self.padding_mode if self.padding_mode != "constant" else "")
-        parts.append(f"fill{self.padding_value!r}" if self.padding_value != 0 else "")
-        parts.append("flip" if self.flip else "")
-        parts.append(self.layout.lower() if self.layout != "NCHW" else "")
-        parts.append(self.kernel_layout.lower() if self.kernel_layout != "OIHW" else "")
-        parts.append("bias" if self.bias else "")
-        parts.append(self.activation or "")
-        parts.append(f"xz{self.x_zero_point}" if self.x_zero_point else "")
-        parts.append("kz" if self.k_zero_point else "")
-        parts.append(self.precision if self.precision != "highest" else "")
-        types = dtypes.CODES[self.x_dtype]
-        types += f"*{dtypes.CODES[self.k_dtype]}" if self.k_dtype != self.x_dtype else ""
-        default = dtypes.promoted(self.x_dtype, self.k_dtype)
-        types += f"-{dtypes.CODES[self.y_dtype]}" if self.y_dtype != default else ""
-        parts.append(types)
-        return "_".join(part for part in parts if part)
+        from gpuconv import problem_line
+
+        return problem_line.text(self)
 
     @classmethod
-    def parse(cls, line: str) -> Conv2dProblem:
-        """The problem that ``line`` prints; ValueError when it is not one."""
-        return _parse(line)
+    def parse(cls, line: str, call: str = "problem") -> Conv2dProblem:
+        """The problem that ``line`` prints; a ValueError that names ``call`` when it is not one."""
+        from gpuconv import problem_line
+
+        return problem_line.parse(line, call)
 
     @classmethod
     def of(
@@ -226,7 +207,7 @@ class Conv2dProblem:
         _choice(call, "precision", precision, PRECISIONS)
         if not isinstance(flip, (bool, np.bool_)):
             raise TypeError(f"{call}: flip must be True or False; got {flip!r}")
-        groups = geometry.as_integer(call, "groups", groups, 1, None)
+        groups = geometry.as_integer(call, "groups", groups, 1, 2**63)
         (N, C, H, W), (O, I, KH, KW) = _four_dimensional(call, x_shape, k_shape, layout, kernel_layout)
         for name, extent in (("output channels", O), ("rows", KH), ("columns", KW)):
             if extent == 0:
@@ -262,6 +243,8 @@ class Conv2dProblem:
         if activation is not None and dtypes.is_complex(y_dtype):
             raise ValueError(f"{call}: activation={activation!r} is not defined for complex results ({y_dtype})")
         zero_point = _zero_point(call, "x_zero_point", x_zero_point, x_dtype)
+        if k_zero_point:
+            check_zero_point(call, "k_zero_point", 0, 1, k_dtype)
         if (zero_point or k_zero_point) and value != 0:
             raise ValueError(
                 f"{call}: with zero points a padded pixel equals the zero point; padding_value={padding_value!r} "
@@ -312,12 +295,17 @@ def _choice(call: str, name: str, value: Any, accepted: tuple[str | None, ...]) 
 
 def _padding_value(call: str, value: Any, x_dtype: str) -> complex:
     """``value`` as a Python number that x's dtype can hold."""
-    if isinstance(value, (str, bytes)) or np.ndim(value) != 0:
-        raise TypeError(f"{call}: padding_value must be a number; got {value!r}")
-    scalar = np.asarray(value)
+    if isinstance(value, int) and value.bit_length() > 63:  # NumPy would make an object of it
+        if dtypes.is_integer(x_dtype) or value.bit_length() > 1023:
+            raise ValueError(f"{call}: padding_value is beyond the range of {x_dtype}; got {_shown(value)}")
+        value = float(value)
+    try:
+        scalar = np.asarray(value)
+    except ValueError:  # ragged lists
+        scalar = np.asarray(None)
     kind = scalar.dtype.kind
-    if kind not in "biufc":
-        raise TypeError(f"{call}: padding_value must be a number; got {value!r} of type {type(value).__name__}")
+    if kind not in "biufc" or scalar.ndim != 0 or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{call}: padding_value must be a number; got {_shown(value)} of type {type(value).__name__}")
     if dtypes.is_integer(x_dtype):
         low, high = dtypes.RANGES[x_dtype]
         if kind in "fc":
@@ -325,15 +313,37 @@ def _padding_value(call: str, value: Any, x_dtype: str) -> complex:
         if not low <= int(scalar) <= high:
             raise ValueError(f"{call}: padding_value must lie in {x_dtype}'s range {low} to {high}; got {value!r}")
         return int(scalar)
-    if dtypes.is_complex(x_dtype):
-        return complex(scalar)
-    if kind == "c":
+    if kind == "c" and not dtypes.is_complex(x_dtype):
         raise TypeError(f"{call}: padding_value must be real for x of dtype {x_dtype}; got {value!r}")
-    number = float(scalar)
-    largest = {"float16": 65504.0, "float64": np.inf}.get(x_dtype, 3.4028235e38)
-    if np.isfinite(number) and abs(number) > largest:
+    number = complex(scalar)
+    largest = _LARGEST.get(x_dtype, np.inf)
+    if any(np.isfinite(part) and abs(part) > largest for part in (number.real, number.imag)):
         raise ValueError(f"{call}: padding_value is beyond the range of x's dtype {x_dtype}; got {value!r}")
-    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+    if dtypes.is_complex(x_dtype):
+        return _one_nan(repr(number)) if number != number else number
+    real = number.real
+    if real != real:
+        return math.nan  # this one object: NaN equals nothing else, and equal problems must be equal
+    return int(real) if real.is_integer() and abs(real) < 2**53 else real
+
+
+def _shown(value: Any) -> str:
+    return geometry.shown(value) if isinstance(value, int) else repr(value)
+
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_LARGEST = {
+    "float16": 65504.0,
+    "bfloat16": float.fromhex("0x1.fep127"),
+    "float32": _FLOAT32_MAX,
+    "complex64": _FLOAT32_MAX,
+}
+
+
+@lru_cache(maxsize=64)
+def _one_nan(text: str) -> complex:
+    """One object for each complex number with a NaN in it, so that equal problems are equal."""
+    return complex(text)
 
 
 def _zero_point(call: str, name: str, value: Any, dtype: str) -> int:
@@ -435,92 +445,3 @@ def _check_channels(
             f"{call}: k has {I} input channels per group (shape {k_shape}) but x has {C} channels (shape {x_shape}) "
             f"and groups={groups}; k.shape[{axis}] must be x's channels // groups = {C // groups}"
         )
-
-
-def _pair(value: Pair) -> str:
-    return str(value[0]) if value[0] == value[1] else f"{value[0]}x{value[1]}"
-
-
-def _pads(pads: Pads) -> str:
-    if all(low == high for low, high in pads):
-        return _pair((pads[0][0], pads[1][0]))
-    return "x".join(f"{low}.{high}" for low, high in pads)
-
-
-_SIZES = re.compile(r"n(\d+)c(\d+)h(\d+)w(\d+)")
-_KERNEL = re.compile(r"o(\d+)kh(\d+)kw(\d+)")
-_STEPS = re.compile(
-    r"(?:s(?P<s>\d+(?:x\d+)?))?(?:d(?P<d>\d+(?:x\d+)?))?"
-    r"(?:p(?P<p>\d+\.\d+x\d+\.\d+|\d+(?:x\d+)?))?(?:g(?P<g>\d+))?"
-)
-_CODE = "|".join(sorted(map(re.escape, dtypes.NAMES), key=len, reverse=True))
-_TYPES = re.compile(rf"(?P<x>{_CODE})(?:\*(?P<k>{_CODE}))?(?:-(?P<y>{_CODE}))?")
-
-
-def _parse_pads(text: str) -> Any:
-    return [[int(pad) for pad in axis.split(".")] for axis in text.split("x")] if "." in text else _parse_pair(text)
-
-
-def _parse_pair(text: str) -> Any:
-    first, _, second = text.partition("x")
-    return (int(first), int(second or first))
-
-
-def _parse(line: str) -> Conv2dProblem:
-    example = "n8c3h224w224_o64kh7kw7_s2p3_f32"
-    segments = line.strip().split("_")
-    sizes = _SIZES.fullmatch(segments[0])
-    kernel = _KERNEL.fullmatch(segments[1]) if len(segments) > 1 else None
-    if sizes is None or kernel is None:
-        raise ValueError(f"not a problem line: {line!r}; it begins with the sizes, as in {example}")
-    N, C, H, W = map(int, sizes.groups())
-    O, KH, KW = map(int, kernel.groups())
-    options: dict[str, Any] = {}
-    groups = 1
-    for segment in segments[2:]:
-        if match := _TYPES.fullmatch(segment):
-            options["x_dtype"] = dtypes.NAMES[match["x"]]
-            options["k_dtype"] = dtypes.NAMES[match["k"] or match["x"]]
-            options["dtype"] = dtypes.NAMES[match["y"]] if match["y"] else None
-        elif segment in geometry.PADDING_MODES:
-            options["padding_mode"] = segment
-        elif segment in ("flip", "bias"):
-            options[segment] = True
-        elif segment == "relu":
-            options["activation"] = segment
-        elif segment in PRECISIONS:
-            options["precision"] = segment
-        elif segment.upper() in LAYOUTS:
-            options["layout"] = segment.upper()
-        elif segment.upper() in KERNEL_LAYOUTS:
-            options["kernel_layout"] = segment.upper()
-        elif segment == "kz":
-            options["k_zero_point"] = True
-        elif match := re.fullmatch(r"xz(-?\d+)", segment):
-            options["x_zero_point"] = int(match[1])
-        elif segment.startswith("fill"):
-            options["padding_value"] = _parse_number(line, segment[4:])
-        elif segment and (match := _STEPS.fullmatch(segment)):
-            options |= {
-                name: _parse_pair(match[key]) for name, key in (("stride", "s"), ("dilation", "d")) if match[key]
-            }
-            if match["p"]:
-                options["padding"] = _parse_pads(match["p"])
-            groups = int(match["g"] or 1)
-        else:
-            raise ValueError(f"not a problem line: {line!r}; {segment!r} is not understood (an example: {example})")
-    if groups < 1:
-        raise ValueError(f"not a problem line: {line!r}; groups must be at least 1")
-    x = (N, C, H, W) if options.get("layout", "NCHW") == "NCHW" else (N, H, W, C)
-    given = dict(zip(kernel_axes(options.get("kernel_layout", "OIHW"), 4), (O, C // groups, KH, KW), strict=True))
-    k = tuple(given[axis] for axis in range(4))
-    return Conv2dProblem.of(x, k, call="problem", groups=groups, **options)
-
-
-def _parse_number(line: str, text: str) -> complex:
-    for kind in (int, float, complex):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise ValueError(f"not a problem line: {line!r}; {text!r} is not a number")

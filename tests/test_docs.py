@@ -50,12 +50,12 @@ def test_docstring_examples(name):
 
 def test_every_module_is_found():
     names = set(public_modules(list(gpuconv.__path__), "gpuconv."))
-    assert {"gpuconv.geometry", "gpuconv.trace", "gpuconv.backends.numpy_reference"} <= names
+    assert {"gpuconv.geometry", "gpuconv.tracing", "gpuconv.backends.numpy_reference"} <= names
 
 
 def test_there_are_examples():
     finder = doctest.DocTestFinder()
-    for name in ("gpuconv.geometry", "gpuconv.trace", "gpuconv.api"):
+    for name in ("gpuconv.geometry", "gpuconv.tracing", "gpuconv.api"):
         assert any(test.examples for test in finder.find(importlib.import_module(name))), name
 
 

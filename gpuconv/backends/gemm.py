@@ -104,7 +104,7 @@ def run(library: Library, plan: Plan, operands: Operands, out: Any) -> None:
     in_place = plan.sums_in == problem.y_dtype
     for n, g, i, j in schedule.blocks((problem.N, groups, problem.OH, problem.OW), plan.config["block"]):
         target = y[n, g, :, i, j]
-        b = _matrices(x[n, g, :, i, j]) if plan.config["pointwise"] else None
+        b = _matrices(x[n, g, :, i, j]) if plan.config["pointwise"] and x.dtype.isnative else None
         c = _matrices(target) if in_place else None
         if b is None:
             tables = tables or problem.tables()

@@ -16,6 +16,7 @@ import numpy as np
 
 from gpuconv import dtypes, schedule
 from gpuconv.backends import tables
+from gpuconv.backends.gemm import plain_epilogue
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
@@ -81,7 +82,8 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
     z = None if operands.k_zero_point is None else operands.k_zero_point.reshape((groups, -1, 1))
     with np.errstate(all="ignore"):  # infinities and NaN are results here, not accidents
         for n, g, i, j in schedule.blocks((problem.N, groups, problem.OH, problem.OW), plan.config["block"]):
-            total: Any = 0
+            target = y[n, g, :, i, j]
+            total = np.zeros((*target.shape[:3], target.shape[3] * target.shape[4]), wide)
             for first in range(0, x.shape[2], _CHANNELS):
                 c = slice(first, first + _CHANNELS)
                 windows = tables.Windows(problem, index_tables, x[n, g, c], i, j, problem.fill)
@@ -89,29 +91,25 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
                     weights = k[g, :, c, p].astype(wide)
                     if z is not None:
                         weights -= z[g][..., None]
-                    total = total + _kernel_row(problem, windows, p, weights)
-            target = y[n, g, :, i, j]
-            finish(problem, total.reshape(target.shape), operands.bias, g, target)
+                    total += _kernel_row(problem, windows, p, weights, total.shape)
+                del windows  # its patch, before the next one is made
+            bias = None
+            if operands.bias is not None:
+                sums = np.int64 if dtypes.is_integer(problem.y_dtype) else wide
+                bias = operands.bias.reshape((groups, -1, 1, 1))[g].astype(sums)
+            plain_epilogue(np, problem, total.reshape(target.shape), bias, target)
 
 
-def _kernel_row(problem: Conv2dProblem, windows: tables.Windows, p: int, weights: Any) -> Any:
+def _kernel_row(problem: Conv2dProblem, windows: tables.Windows, p: int, weights: Any, shape: tuple[int, ...]) -> Any:
     """The products of kernel row ``p``, whose ``weights`` are (g, O, I, KW): a sum (n, g, O, pixels)."""
-    total: Any = 0
+    total, products = np.empty(shape, weights.dtype), np.empty(shape, weights.dtype)
     for q in range(problem.KW):
         pixels = windows.tap(p, q).astype(weights.dtype)
         if problem.x_zero_point:
             pixels -= problem.x_zero_point
         # (g, O, I) @ (n, g, I, pixels) -> (n, g, O, pixels)
-        total = total + weights[..., q] @ pixels.reshape((*pixels.shape[:3], -1))
+        np.matmul(weights[..., q], pixels.reshape((*pixels.shape[:3], -1)), out=products if q else total)
+        del pixels  # before the next tap's are gathered
+        if q:
+            total += products
     return total
-
-
-def finish(problem: Conv2dProblem, total: Any, bias: Any | None, g: slice, target: Any) -> None:
-    """Add the bias, apply the activation and round once into ``target`` (n, g, O, rows, columns)."""
-    if dtypes.is_integer(problem.y_dtype):
-        total = total.astype(np.int64)
-    if bias is not None:
-        total = total + bias.reshape((problem.groups, -1, 1, 1))[g].astype(total.dtype)
-    if problem.activation == "relu":
-        total = np.maximum(total, 0)
-    target[...] = total.astype(target.dtype)

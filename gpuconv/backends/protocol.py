@@ -44,6 +44,7 @@ class Operands:
     k: Any
     bias: Any | None = None
     k_zero_point: Any | None = None  # one integer per output channel
+    ordinal: int | None = None  # the GPU to run on
     stream: int | None = None  # CUDA stream address; None is the current one
 
 

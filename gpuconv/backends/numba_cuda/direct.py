@@ -114,11 +114,10 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
     like = operands.x
     tiles = -(-(problem.N * problem.OH * problem.OW) // tile.pixels)
     tiles *= -(-(problem.O // problem.groups) // tile.outputs) * problem.groups
-    grid = min(tiles, launch.MAX_GRID_X), tile.threads, launch.stream(operands.stream, like)
     # A padded pixel that equals the zero point contributes nothing.
     padding = 0 if zero_points else problem.fill
-    with launch.output(out) as y, np.errstate(all="ignore"):  # the simulator's integers wrap as the GPU's do
-        function[grid](
+    with launch.on_gpu(operands.ordinal), launch.output(out) as y:
+        function[min(tiles, launch.MAX_GRID_X), tile.threads, launch.stream(operands.stream, like)](
             *launch.flat(operands.x).arguments(),
             *launch.flat(operands.k).arguments(),
             launch.vector(like, operands.bias, sum_dtype),

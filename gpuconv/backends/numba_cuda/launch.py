@@ -6,8 +6,9 @@ first element and its strides, so every view is served in place: transposed, ste
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,9 @@ _REMEDY = 'pip install "gpuconv[cuda13]" (or [cuda12], by the driver)'
 def unavailable() -> str | None:
     """Why Numba cannot launch kernels here, with the remedy; None when it can, in the simulator too."""
     try:
-        from numba import cuda
+        cuda = importlib.import_module("numba.cuda")
     except ModuleNotFoundError as error:
-        if error.name not in ("numba.cuda", "numba_cuda"):
+        if error.name not in ("numba", "numba.cuda", "numba_cuda"):
             raise
         return f"Numba's CUDA target, numba-cuda, is not installed; {_REMEDY}"
     if convert.simulated():
@@ -63,6 +64,7 @@ def flat(array: Any) -> Flat:
     from numba import cuda
 
     if isinstance(array, np.ndarray):
+        array = arrays.native(array)
         axes = _memory_order(array)
         dense = np.ascontiguousarray(array.transpose(axes))
         return Flat(cuda.to_device(_bits(dense.reshape(-1))), 0, _strides(dense, axes))
@@ -140,6 +142,15 @@ def vector(like: Any, values: Any | None, dtype: np.dtype[Any], size: int = 1) -
 
     array = cupy.zeros(size, dtype) if values is None else cupy.ascontiguousarray(cupy.asarray(values), dtype)
     return flat(array).vector
+
+
+def on_gpu(ordinal: int | None) -> AbstractContextManager[Any]:
+    """Make the GPU ``ordinal`` current for Numba."""
+    from numba import cuda
+
+    if ordinal is None or convert.simulated():
+        return nullcontext()
+    return cuda.gpus[ordinal]  # type: ignore[no-any-return]
 
 
 def stream(address: int | None, like: Any) -> Any:

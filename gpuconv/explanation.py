@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,21 +169,32 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
     call = "explain"
     home = None
     if isinstance(x, str):
-        if k is not None:
-            raise TypeError(f"{call}: a problem line stands for all arguments, so k must be left out; got k={k!r}")
-        problem = Conv2dProblem.parse(x)
+        given = {
+            "k": k, "bias": bias, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups,
+            "padding_mode": padding_mode, "padding_value": padding_value, "flip": flip, "layout": layout,
+            "kernel_layout": kernel_layout, "activation": activation, "x_zero_point": x_zero_point,
+            "k_zero_point": k_zero_point, "dtype": dtype, "precision": precision, "input_dtype": input_dtype,
+        }  # fmt: skip
+        for name, value in given.items():
+            if value is not (default := _DEFAULTS[name]) and not (isinstance(value, (int, str)) and value == default):
+                raise TypeError(f"{call}: a problem line stands for all of the problem, so leave out {name}={value!r}")
+        problem = Conv2dProblem.parse(x, call)
     else:
         if k is None:
             raise TypeError(f"{call}: k is missing; pass both x and k, or one problem line")
         x_shape, x_dtype, home = _described(call, "x", x, input_dtype)
         k_shape, k_dtype, _ = _described(call, "k", k, input_dtype)
+        zero_points = api.as_zero_points(call, k_zero_point)
         problem = Conv2dProblem.of(
             x_shape, k_shape, call=call, x_dtype=x_dtype, k_dtype=k_dtype, dtype=dtype,
             bias=bias is not None and bias is not False, stride=stride, padding=padding, dilation=dilation,
             groups=groups, padding_mode=padding_mode, padding_value=padding_value, flip=flip, layout=layout,
             kernel_layout=kernel_layout, activation=activation, x_zero_point=x_zero_point,
-            k_zero_point=api.as_zero_points(call, k_zero_point, k_dtype) is not None, precision=precision,
+            k_zero_point=bool(zero_points.any()), precision=precision,
         )  # fmt: skip
+        api.check_zero_points(call, zero_points, problem)
+        if _is_shape(bias):
+            bias = np.broadcast_to(np.zeros((), dtypes.numpy_dtype("float32" if "float" in x_dtype else "int8")), bias)
         if bias is not None and not isinstance(bias, bool):
             api.check_bias(call, api.as_bias(call, bias), problem)
     limit = api.workspace(call, workspace_limit)
@@ -194,31 +206,49 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
     note = None
     if missing:
         target = Target("cpu")
-        note = f"device={device!r} finds no usable GPU here, so conv2d would warn and run on the CPU. "
+        policy = dispatch.fallback_policy()
+        outcome = {
+            "warn": "conv2d would warn and run on the CPU",
+            "silent": "conv2d would run on the CPU without a word (GPUCONV_FALLBACK=silent)",
+            "error": "conv2d would raise NoBackendError (GPUCONV_FALLBACK=error)",
+        }[policy]
+        note = f"device={device!r} finds no usable GPU here, so {outcome}. "
         names, why = dispatch.preferred(problem, "cuda")
         able = [name for name in names if not dispatch.implementation(name).unsupported(problem, Target("cuda", 0))]
         note += f"On a GPU machine {able[0]} would run ({why if able[0] == names[0] else 'the first that can'})."
+        if policy == "error":
+            return Explanation(problem, target, None, None, _table(problem, target, backend, limit, None), note)
     else:
         target = dispatch.resolve(call, device, backend, home)
     try:
         choice = dispatch.choose(call, problem, target, backend, limit)
     except (NoBackendError, MemoryError) as error:
-        return Explanation(problem, target, None, None, _table(problem, target, backend, None), str(error))
-    return Explanation(problem, target, choice.name, choice.plan, _table(problem, target, backend, choice), note)
+        return Explanation(problem, target, None, None, _table(problem, target, backend, limit, None), str(error))
+    table = _table(problem, target, backend, limit, choice)
+    return Explanation(problem, target, choice.name, choice.plan, table, note)
+
+
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(explain).parameters.items()}
+
+
+def _is_shape(value: Any) -> bool:
+    """Whether an argument is a shape that stands for an array."""
+    integers = (int, np.integer)
+    return isinstance(value, tuple) and all(isinstance(n, integers) and not isinstance(n, bool) for n in value)
 
 
 def _described(call: str, name: str, value: Any, input_dtype: Any) -> tuple[tuple[int, ...], str, int | None]:
     """Shape, dtype and GPU of an argument that may be a shape."""
-    if isinstance(value, tuple) and all(isinstance(extent, (int, np.integer)) for extent in value):
+    if _is_shape(value):
         if any(extent < 0 for extent in value):
             raise ValueError(f"{call}: {name} has a negative extent, {value}")
-        return tuple(map(int, value)), dtypes.name_of(call, "input_dtype", input_dtype), None
+        return tuple(map(int, value)), dtypes.name_of(call, "input_dtype is", input_dtype), None
     operand = arrays.operand(call, name, value)
     return operand.shape, operand.dtype, operand.device
 
 
 def _table(
-    problem: Conv2dProblem, target: Target, backend: str | None, choice: dispatch.Choice | None
+    problem: Conv2dProblem, target: Target, backend: str | None, limit: int, choice: dispatch.Choice | None
 ) -> tuple[Verdict, ...]:
     """Every implementation with its verdict: the asked device's first, in order of preference."""
     rejected = dict(choice.rejected) if choice is not None else {}
@@ -231,7 +261,7 @@ def _table(
             if chosen and choice is not None:
                 found: tuple[str, ...] = (choice.why,)
             else:
-                found = rejected.get(name, tuple(dispatch.reasons(name, problem, here)))
+                found = rejected.get(name) or _reasons(name, problem, here, limit)
                 # What is missing on the machine hides what the problem needs: say both.
                 if dispatch.implementation(name).unavailable() is not None:
                     unsupported = dispatch.implementation(name).unsupported(problem, here)
@@ -244,6 +274,13 @@ def _table(
                 found = ("can run; comes later in the order",)
             verdicts.append(Verdict(name, device, chosen, found))
     return tuple(verdicts)
+
+
+def _reasons(name: str, problem: Conv2dProblem, target: Target, limit: int) -> tuple[str, ...]:
+    try:
+        return tuple(dispatch.attempt(name, problem, target, limit)[1])
+    except MemoryError as error:
+        return (str(error),)
 
 
 def _scaled(value: int, unit: str, base: int) -> str:
