@@ -11,8 +11,11 @@ from bench.check import Arrays, Truth, Wrong, operands
 from bench.layers import Row
 from bench.peers import Contender
 from bench.record import Record
-from bench.timing import Clock, Effort, pilot, race
+from bench.timing import Clock, Effort, busy_elsewhere, pilot, race
 from gpuconv.problem import Conv2dProblem
+
+# Share of the machine's CPU time from which a row is marked: libraries with a thread per core wait for the slowest.
+_TOO_BUSY = 0.05
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def measure(
             if best is not None:
                 best.activate()
                 calls["peers", name] = best
+    elsewhere = busy_elsewhere()
     timed = race(
         {f"{side} {name}": contender.call for (side, name), contender in calls.items()},
         clock,
@@ -104,6 +108,9 @@ def measure(
     for side, name in calls:
         measured[side][name] |= timed[f"{side} {name}"].facts()
     unsteady = [f"{side} {name}" for side, name in calls if timed[f"{side} {name}"].unsteady]
+    measured["busy_elsewhere"] = share = elsewhere()
+    if share is not None and share > _TOO_BUSY:
+        unsteady.append(f"{share:.0%} of the CPU time went to other processes or machines")
     measured |= {"unsteady": unsteady} if unsteady else {}
     for side, label in calls:
         if side == "gpuconv":

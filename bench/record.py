@@ -185,7 +185,7 @@ def show(record: Record, console: Console) -> None:
     console.print(table)
 
     if any(row.get("unsteady") for row in rows):
-        console.print("? unsteady: a median above 1.5 times the least; is the machine doing something else?")
+        console.print("? unsteady: a median above 1.5 times the least, or above 5 % of the CPU time spent elsewhere")
 
     reasons: dict[tuple[str, str], int] = {}
     for row in rows:

@@ -8,6 +8,7 @@ begins with a pause that lets them fall asleep, and with calls that are not time
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -51,7 +52,7 @@ class Effort:
     repeats: int = 50  # samples per contender, as far as time allows
     least: int = 1  # samples per block, whatever time allows
     shortest: float = 2e-4  # seconds per sample, at least
-    pause: float = 0.05  # seconds before a block; OpenBLAS's threads wait longest, 26 ms
+    pause: float = 0.05  # seconds before a block, at least
 
 
 QUICK = Effort(rounds=2, repeats=4, shortest=0.0, pause=0.0)
@@ -75,7 +76,13 @@ class WallClock:
     name = "wall clock (perf_counter)"
 
     def pause(self, seconds: float) -> None:
+        """Sleep, and go on sleeping while threads of this process still run (OpenBLAS's wait about 30 to 80 ms)."""
         time.sleep(seconds)
+        for _ in range(20):
+            before = time.process_time()
+            time.sleep(seconds / 5)
+            if time.process_time() - before <= seconds / 50:
+                return
 
     def sample(self, call: Call, calls: int) -> float:
         start = time.perf_counter()
@@ -118,6 +125,33 @@ class EventClock:
         call()
         self.synchronize()
         return time.perf_counter() - start
+
+
+def busy_elsewhere() -> Callable[[], float | None]:
+    """Begin to watch; the answer is the share of the machine's CPU time that went neither here nor idle since.
+
+    Time that a hypervisor gave to another machine counts. None where the system has no such account (not Linux).
+    """
+
+    def account() -> tuple[float, float] | None:
+        try:
+            with open("/proc/stat") as lines:
+                ticks = [int(number) for number in lines.readline().split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        idle = ticks[3] + ticks[4]
+        return sum(ticks) / os.sysconf("SC_CLK_TCK"), idle / os.sysconf("SC_CLK_TCK") + time.process_time()
+
+    before = account()
+
+    def since() -> float | None:
+        after = account()
+        if before is None or after is None or after[0] - before[0] < 0.1:  # ticks are too coarse for less
+            return None
+        total, ours = after[0] - before[0], after[1] - before[1]
+        return round(max(0.0, 1 - ours / total), 3)
+
+    return since
 
 
 def pilot(call: Call, clock: Clock, effort: Effort) -> float:

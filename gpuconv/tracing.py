@@ -268,7 +268,7 @@ def _operand(name: str, value: Any, axes: str) -> Array:
         array = np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{_CALL}: {name} must be an array or nested lists of shape {axes}; {error}") from None
-    dtypes.name_of(_CALL, name, array.dtype)
+    dtypes.name_of(_CALL, f"{name} has dtype", array.dtype)
     if array.ndim != 2:
         raise ValueError(f"{_CALL}: {name} must have two axes, {axes}; got shape {array.shape}")
     return array

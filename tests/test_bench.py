@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,6 +193,23 @@ def test_race_takes_turns_and_counts():
     assert "".join(turns) == "abababa"  # rough times; then A B, B A, A B, B A, where equal neighbours join
 
 
+def test_time_spent_elsewhere_is_noticed():
+    watching = timing.busy_elsewhere()
+    assert watching() is None, "too short to say"
+    time.sleep(0.3)
+    share = watching()
+    assert share is None or 0 <= share <= 1
+
+
+def test_pause_waits_for_threads_that_still_run(monkeypatch):
+    slept = []
+    used = iter([0.00, 0.02, 0.02, 0.03, 0.03, 0.03])  # CPU seconds before and after three slices
+    fake = SimpleNamespace(sleep=slept.append, process_time=lambda: next(used))
+    monkeypatch.setattr(timing, "time", fake)
+    timing.WallClock().pause(0.05)
+    assert slept == pytest.approx([0.05, 0.01, 0.01, 0.01])
+
+
 def test_summary_is_the_geometric_mean_of_the_ratios():
     rows = [
         {"suite": "s", "name": name, "ratios": {"gpuconv": {"peer": ratio}}} for name, ratio in (("p", 0.5), ("q", 8.0))
@@ -313,7 +332,7 @@ def test_event_clock_queues_idle_work_first():
         (["cpu", "--suites", "nets"], "no suite nets"),
         (["cpu", "--peers", "matlab"], "no peer matlab"),
         (["cpu", "--backend", "jax"], "backend must be one of"),
-        (["cpu", "--problem", "7x7"], "not a problem line"),
+        (["cpu", "--problem", "7x7"], "no problem line"),
     ],
 )
 def test_wrong_options_are_explained(arguments, message, monkeypatch):
