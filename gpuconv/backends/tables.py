@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,24 +27,24 @@ class Windows:
         fill: complex,
     ) -> None:
         self.x, self.fill = x, fill
-        self.tables, self.blocks = tables, (i, j)
         if problem.padding_mode != "constant":
             counts = (i.stop - i.start, j.stop - j.start)
             rows, columns = (
                 table.index[block.start * table.outer :][:span]
                 for table, block, span in zip(tables, (i, j), problem.table_spans(*counts), strict=True)
             )
-            self.x = gather(x, rows, columns, fill)
-            self.tables = (
+            self.x = gather(x, reads(rows), reads(columns), fill)
+            tables = (
                 IndexTable(np.arange(len(rows)), tables[0].outer, tables[0].inner),
                 IndexTable(np.arange(len(columns)), tables[1].outer, tables[1].inner),
             )
-            self.blocks = slice(0, counts[0]), slice(0, counts[1])
+            i, j = slice(0, counts[0]), slice(0, counts[1])
+        self.rows = [reads(tables[0].tap(p, i.start, i.stop)) for p in range(problem.KH)]
+        self.columns = [reads(tables[1].tap(q, j.start, j.stop)) for q in range(problem.KW)]
 
     def tap(self, p: int, q: int, out: Any | None = None) -> Any:
         """The pixels that tap (p, q) reads, in a new array or in ``out``."""
-        (rows, columns), (i, j) = self.tables, self.blocks
-        return gather(self.x, rows.tap(p, i.start, i.stop), columns.tap(q, j.start, j.stop), self.fill, out)
+        return gather(self.x, self.rows[p], self.columns[q], self.fill, out)
 
 
 def patch_pixels(problem: Conv2dProblem, rows: int, columns: int) -> int:
@@ -53,38 +53,46 @@ def patch_pixels(problem: Conv2dProblem, rows: int, columns: int) -> int:
     return 0 if problem.padding_mode == "constant" else spans[0] * spans[1]
 
 
-def as_slice(indices: IntArray) -> slice | None:
-    """The slice that selects ``indices`` when they rise in equal steps, else None."""
-    if len(indices) == 1:
-        return slice(int(indices[0]), int(indices[0]) + 1)
-    step = int(indices[1] - indices[0])
-    if step < 1 or np.any(np.diff(indices) != step):
-        return None
-    return slice(int(indices[0]), int(indices[-1]) + 1, step)
+class Reads(NamedTuple):
+    """What a run of positions of one axis reads: ``source`` at the positions ``inside``, the constant elsewhere."""
+
+    length: int
+    inside: slice
+    source: slice | IntArray
 
 
-def inside(indices: IntArray) -> slice:
-    """The run of positions that read the source (are not -1); under constant padding there is one."""
-    reads = np.flatnonzero(indices >= 0)
-    return slice(int(reads[0]), int(reads[-1]) + 1) if len(reads) else slice(0, 0)
-
-
-def gather(x: Any, rows: IntArray, columns: IntArray, fill: complex, out: Any | None = None) -> Any:
-    """``x[..., rows, columns]`` with ``fill`` wherever an index is -1.
-
-    Equal steps, which is all there is under constant padding, are read through slices without index arrays.
+def reads(indices: IntArray) -> Reads:
+    """Source indices, -1 for the constant, as a slice where they rise in equal steps, which is all there is under
+    constant padding.
     """
+    found = np.flatnonzero(indices >= 0)
+    if not len(found):
+        return Reads(len(indices), slice(0, 0), slice(0, 0))
+    inside = slice(int(found[0]), int(found[-1]) + 1)
+    picked = indices[inside]
+    step = int(picked[1] - picked[0]) if len(picked) > 1 else 1
+    if step < 1 or (picked[1:] - picked[:-1] != step).any():
+        return Reads(len(indices), inside, picked)
+    return Reads(len(indices), inside, slice(int(picked[0]), int(picked[-1]) + 1, step))
+
+
+def gather(x: Any, rows: Reads, columns: Reads, fill: complex, out: Any | None = None) -> Any:
+    """``x[..., rows, columns]``, ``fill`` where they read no source."""
     if out is None:
-        out = np.empty((*x.shape[:-2], len(rows), len(columns)), x.dtype)
-    i, j = inside(rows), inside(columns)
-    if i != slice(0, len(rows)) or j != slice(0, len(columns)):
+        out = np.empty((*x.shape[:-2], rows.length, columns.length), x.dtype)
+    i, j = rows.inside, columns.inside
+    if (i.start, i.stop, j.start, j.stop) != (0, rows.length, 0, columns.length):
         out[...] = fill
     if i.start == i.stop or j.start == j.stop:
         return out
-    picked = (rows[i], columns[j])
-    row_steps, column_steps = map(as_slice, picked)
-    if row_steps is None or column_steps is None:
-        out[..., i, j] = x[..., picked[0][:, None], picked[1]]
+    if isinstance(rows.source, slice) and isinstance(columns.source, slice):
+        out[..., i, j] = x[..., rows.source, columns.source]
     else:
-        out[..., i, j] = x[..., row_steps, column_steps]
+        down, across = (
+            np.arange(read.source.start, read.source.stop, read.source.step)
+            if isinstance(read.source, slice)
+            else read.source
+            for read in (rows, columns)
+        )
+        out[..., i, j] = x[..., down[:, None], across]
     return out
