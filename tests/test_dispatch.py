@@ -434,7 +434,7 @@ def test_a_library_that_is_broken_shows_its_own_error(error, use):
     assert python(script).strip() == "broken"
 
 
-def test_importing_gpuconv_is_cheap():
+def test_importing_gpuconv_is_cheap(tmp_path):
     script = """
 import numpy, sys, time
 start = time.perf_counter()
@@ -446,8 +446,10 @@ gpuconv.conv2d(numpy.ones((5, 5)), numpy.ones((3, 3)))
 loaded = {"numba", "cupy"} & sys.modules.keys()
 assert not loaded, f"a convolution on the CPU loaded {loaded}"
 """
-    # The least of several: anything else that runs here only ever adds.
-    assert min(float(python(script)) for _ in range(5)) <= 0.05
+    # Compiled modules are cached, as they are for a user, whatever this process was told; the first run fills the
+    # cache. The least of several: anything else that runs here only ever adds.
+    cached = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    assert min(float(python(script, **cached)) for _ in range(6)) <= 0.05
 
 
 def test_units_agree_with_the_plain_answer():
