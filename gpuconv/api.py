@@ -143,8 +143,8 @@ def conv2d(
     pointer = arrays.stream_pointer(call, stream)
     target = dispatch.resolve(call, device, backend, request.x.device)
     choice = dispatch.choose(call, request.problem, target, backend, limit)
-    y = execute(request, choice, target, None if given is None else given.array, shape, pointer)
-    return arrays.deliver(y, request.x.library) if out is None else out
+    y = execute(request, choice, target, given, shape, pointer)
+    return arrays.deliver(y, request.x) if out is None else out
 
 
 @dataclass
@@ -223,7 +223,9 @@ def as_zero_points(call: str, value: Any) -> np.ndarray[Any, Any]:
     """k's zero points as a host array of integers."""
     if isinstance(value, (Number, np.generic, str, bytes)) or value is None:
         return np.asarray(geometry.as_integer(call, "k_zero_point", value, -(2**62), 2**62))
-    points = arrays.to_host(arrays.operand(call, "k_zero_point", value).array)
+    given = arrays.operand(call, "k_zero_point", value)
+    with arrays.on_stream(given.device, given.stream):
+        points = arrays.to_host(given.array)
     if points.dtype.kind not in "iu":
         raise TypeError(f"{call}: k_zero_point must be integers; got dtype {points.dtype}")
     return points
@@ -250,7 +252,7 @@ def execute(
     request: Request,
     choice: dispatch.Choice,
     target: Any,
-    out: Array | None,
+    given: Operand | None,
     shape: tuple[int, ...],
     stream: int | None,
 ) -> Array:
@@ -261,7 +263,15 @@ def execute(
     ordinal = target.ordinal
     if target.device == "cpu" or (implementation.ARRAYS == "any" and home is None):
         ordinal = None
-    with arrays.on_stream(home if ordinal is None else ordinal, request.x.stream if stream is None else stream):
+    place = home if ordinal is None else ordinal
+    if stream is None and place == home:
+        stream = request.x.stream
+    out = None if given is None else given.array
+    sources = [(operand, arrays.stream_of(operand)) for operand in (request.x, request.k, request.bias, given)]
+    with arrays.on_stream(place, stream):
+        for operand, source in sources:
+            if operand is not None and operand.device is not None:
+                arrays.wait_for(source, operand.device)
 
         def moved(operand: Operand | None) -> Array | None:
             if operand is None:

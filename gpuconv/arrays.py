@@ -44,6 +44,9 @@ def output(call: str, out: Any) -> Operand:
     shares = isinstance(out, np.ndarray) or hasattr(out, "__cuda_array_interface__") or hasattr(out, "__dlpack__")
     if not shares:
         raise TypeError(f"{call}: out must be an array to write the result to; got {type(out).__name__}")
+    interface = None if _is_torch(out) else getattr(out, "__cuda_array_interface__", None)
+    if interface is not None and interface["data"][1]:
+        raise ValueError(f"{call}: out is read-only")
     if _is_torch(out) and (out.is_conj() or out.is_neg()):
         raise ValueError(f"{call}: out is a conjugate or negative view; pass the tensor it is a view of")
     if isinstance(out, np.ndarray) and not out.dtype.isnative:
@@ -73,10 +76,11 @@ def operand(call: str, name: str, value: Any) -> Operand:
         raise TypeError(f"{call}: {name} is a lazy dask collection; compute() it first, it is never computed silently")
     if isinstance(value, (str, bytes)) or value is None:
         raise TypeError(f"{call}: {name} must be an array of numbers; got {value!r}")
-    if hasattr(value, "__cuda_array_interface__"):
-        return _on_gpu(call, name, _cupy(call, name).asarray(value))
+    # DLPack first: it orders two streams by an event, where CuPy reads the other protocol by waiting for the GPU.
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
         return _from_dlpack(call, name, value)
+    if hasattr(value, "__cuda_array_interface__"):
+        return _on_gpu(call, name, _cupy(call, name).asarray(value))
     numbers = isinstance(value, (list, tuple, range)) or np.isscalar(value)
     if not (numbers or hasattr(value, "__array__") or hasattr(value, "__array_interface__")):
         try:
@@ -108,7 +112,16 @@ def _host(call: str, name: str, array: np.ndarray[Any, Any]) -> Operand:
 
 
 def _on_gpu(call: str, name: str, array: Array) -> Operand:
+    _require_alignment(call, name, array)
     return Operand(array, "cupy", int(array.device.id), dtypes.name_of(call, f"{name} has dtype", array.dtype))
+
+
+def _require_alignment(call: str, name: str, array: Array) -> None:
+    """Refuse GPU memory that no kernel can read: a misaligned address ends every later call of the process too."""
+    align = array.dtype.alignment
+    steps = [step for step, extent in zip(array.strides, array.shape, strict=True) if extent > 1]
+    if array.size and (int(array.data.ptr) % align or any(step % align for step in steps)):
+        raise ValueError(f"{call}: {name} is not aligned to its dtype {array.dtype} in GPU memory; copy it first")
 
 
 def _is_torch(value: Any) -> bool:
@@ -148,20 +161,23 @@ def _from_torch(call: str, name: str, tensor: Any) -> Operand:
         array = array.view(dtypes.numpy_dtype("bfloat16")) if brain else array
         return Operand(array, "torch", None, kind_of_number)
     cupy = _cupy(call, name)
-    array = cupy.from_dlpack(tensor)
-    array = array.view(dtypes.numpy_dtype("bfloat16")) if brain else array
     stream = int(sys.modules["torch"].cuda.current_stream(ordinal).cuda_stream)
+    with on_stream(int(ordinal), stream):  # so that no other stream is made to wait for this one
+        array = cupy.from_dlpack(tensor)
+    array = array.view(dtypes.numpy_dtype("bfloat16")) if brain else array
+    _require_alignment(call, name, array)
     return Operand(array, "torch", int(ordinal), kind_of_number, stream)
 
 
-def deliver(array: Array, library: str) -> Any:
-    """``array`` in the caller's library, sharing its memory."""
-    if library != "torch":
+def deliver(array: Array, like: Operand) -> Any:
+    """``array`` in the library of ``like``, sharing its memory."""
+    if like.library != "torch":
         return array
     torch = sys.modules["torch"]
     brain = array.dtype.name == "bfloat16"
     bits = array.view(np.int16) if brain else array
-    tensor = torch.from_numpy(bits) if isinstance(array, np.ndarray) else torch.from_dlpack(bits)
+    with on_stream(like.device, like.stream):
+        tensor = torch.from_numpy(bits) if isinstance(array, np.ndarray) else torch.from_dlpack(bits)
     return tensor.view(torch.bfloat16) if brain else tensor
 
 
@@ -177,10 +193,15 @@ def to_device(array: Array, ordinal: int) -> Array:
 
     if not isinstance(array, np.ndarray) and int(array.device.id) == ordinal:
         return array
-    if isinstance(array, np.ndarray):
-        array = native(array)
     with cupy.cuda.Device(ordinal):
-        return cupy.asarray(array)
+        if isinstance(array, np.ndarray):
+            # Blocking: a copy from pinned memory would go on after the caller has the buffer back.
+            return cupy.asarray(native(array), blocking=True)
+        # From one GPU to another no stream's order holds at both ends.
+        array.device.synchronize()
+        moved = cupy.asarray(array)
+        cupy.cuda.get_current_stream().synchronize()
+        return moved
 
 
 def native(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -198,6 +219,29 @@ def on_stream(ordinal: int | None, stream: int | None) -> AbstractContextManager
     if stream is None:
         return device  # type: ignore[no-any-return]
     return _DeviceAndStream(device, cupy.cuda.ExternalStream(stream, ordinal))
+
+
+def stream_of(operand: Operand | None) -> Any | None:
+    """The stream that ``operand`` is made on: its library's current one on its GPU; None for host memory."""
+    if operand is None or operand.device is None:
+        return None
+    import cupy
+
+    if operand.stream is not None:
+        return cupy.cuda.ExternalStream(operand.stream, operand.device)
+    with cupy.cuda.Device(operand.device):
+        return cupy.cuda.get_current_stream()
+
+
+def wait_for(stream: Any, device: int) -> None:
+    """Make CuPy's current stream wait, on the GPU, for what ``stream`` of ``device`` has been given so far."""
+    import cupy
+
+    current = cupy.cuda.get_current_stream()
+    if stream.ptr != current.ptr:
+        with cupy.cuda.Device(device):
+            event = stream.record(cupy.cuda.Event(disable_timing=True))
+        current.wait_event(event)
 
 
 class _DeviceAndStream:

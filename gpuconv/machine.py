@@ -87,3 +87,8 @@ def clear() -> None:
     direct = sys.modules.get("gpuconv.backends.numba_cuda.direct")
     if direct is not None:
         direct.kernel.cache_clear()
+    if "cupy" in sys.modules and dispatch.implementation("cupy.gemm").unavailable() is None:
+        import cupy
+
+        cupy.get_default_memory_pool().free_all_blocks()
+        cupy.get_default_pinned_memory_pool().free_all_blocks()

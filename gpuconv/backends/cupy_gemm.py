@@ -37,11 +37,15 @@ def unavailable() -> str | None:
             raise
         return f"CuPy is not installed; {_REMEDY}"
     try:
-        if cupy.cuda.runtime.getDeviceCount() > 0:
-            return None
-        problem = "no GPU"
+        problem = "" if cupy.cuda.runtime.getDeviceCount() > 0 else "no GPU"
     except cupy.cuda.runtime.CUDARuntimeError as error:
         problem = str(error)
+    if not problem:
+        try:
+            from cupy_backends.cuda.libs import cublas  # noqa: F401  # loaded when first imported
+        except ImportError as error:
+            return f"CuPy finds no cuBLAS ({str(error).splitlines()[0]}); {_REMEDY}"
+        return None
     return f"CuPy finds no usable GPU ({problem}); install NVIDIA's driver, or run on a machine with a GPU"
 
 

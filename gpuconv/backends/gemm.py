@@ -181,7 +181,8 @@ def _merge_images(matrices: Any) -> Any | None:
     n, g, C, P = matrices.shape
     if n == 1 or matrices.strides[0] != P * matrices.strides[3] or n * P > BLAS_LIMIT:
         return None
-    return matrices.transpose(1, 2, 0, 3).reshape((g, C, n * P))[None]
+    merged = matrices.transpose(1, 2, 0, 3).reshape((g, C, n * P))[None]
+    return merged if has_blas_layout(merged) else None
 
 
 def blas_layout(shape: tuple[int, int], strides: tuple[int, int]) -> tuple[bool, int] | None:
@@ -193,11 +194,11 @@ def blas_layout(shape: tuple[int, int], strides: tuple[int, int]) -> tuple[bool,
     row_step, column_step = strides
     if columns == 1 or column_step == 1:
         step = columns if rows == 1 else row_step
-        if step >= columns:
+        if columns <= step <= BLAS_LIMIT:
             return True, step
     if rows == 1 or row_step == 1:
         step = rows if columns == 1 else column_step
-        if step >= rows:
+        if rows <= step <= BLAS_LIMIT:
             return False, step
     return None
 

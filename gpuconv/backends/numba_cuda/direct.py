@@ -5,6 +5,7 @@ The kernel is in ``direct_kernel``; here are its tile shapes, the choice among t
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -116,18 +117,26 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
     tiles *= -(-(problem.O // problem.groups) // tile.outputs) * problem.groups
     # A padded pixel that equals the zero point contributes nothing.
     padding = 0 if zero_points else problem.fill
-    with launch.on_gpu(operands.ordinal), launch.output(out) as y:
-        function[min(tiles, launch.MAX_GRID_X), tile.threads, launch.stream(operands.stream, like)](
-            *launch.flat(operands.x).arguments(),
-            *launch.flat(operands.k).arguments(),
-            launch.vector(like, operands.bias, sum_dtype),
+    with ExitStack() as stack:
+        stack.enter_context(launch.on_gpu(operands.ordinal))
+        stream = launch.stream(operands.stream, like)
+        y = stack.enter_context(launch.output(out, stream))
+
+        def vector(values: Any, dtype: Any, size: int = 1) -> Any:
+            return launch.vector(like, values, dtype, size, stream)
+
+        # Held until the stack unwinds: what was uploaded must outlive the kernel.
+        arguments = (
+            *launch.flat(operands.x, stream).arguments(),
+            *launch.flat(operands.k, stream).arguments(),
+            vector(operands.bias, sum_dtype),
             operands.bias is not None,
             problem.activation == "relu",
             *y.arguments(),
-            launch.vector(like, rows.index, np.dtype(np.int64)),
+            vector(rows.index, np.dtype(np.int64)),
             rows.outer,
             rows.inner,
-            launch.vector(like, columns.index, np.dtype(np.int64)),
+            vector(columns.index, np.dtype(np.int64)),
             columns.outer,
             columns.inner,
             problem.N,
@@ -140,5 +149,6 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
             problem.groups,
             sum_dtype.type(padding),
             sum_dtype.type(problem.x_zero_point),
-            launch.vector(like, operands.k_zero_point, sum_dtype, problem.O),
+            vector(operands.k_zero_point, sum_dtype, problem.O),
         )
+        function[min(tiles, launch.MAX_GRID_X), tile.threads, stream](*arguments)

@@ -59,15 +59,15 @@ class Flat:
         return (self.vector, self.offset, *self.strides)
 
 
-def flat(array: Any) -> Flat:
-    """A GPU array in place, or a host array uploaded in its own memory order."""
+def flat(array: Any, on: Any = 0) -> Flat:
+    """A GPU array in place, or a host array uploaded, on the stream ``on``, in its own memory order."""
     from numba import cuda
 
     if isinstance(array, np.ndarray):
         array = arrays.native(array)
         axes = _memory_order(array)
         dense = np.ascontiguousarray(array.transpose(axes))
-        return Flat(cuda.to_device(_bits(dense.reshape(-1))), 0, _strides(dense, axes))
+        return Flat(cuda.to_device(_bits(dense.reshape(-1)), stream=on), 0, _strides(dense, axes))
     if any(step % array.itemsize for step in array.strides):
         array = array.copy()
     low, high = arrays.byte_bounds(array)
@@ -77,7 +77,7 @@ def flat(array: Any) -> Flat:
 
 
 @contextmanager
-def output(out: Any) -> Iterator[Flat]:
+def output(out: Any, on: Any = 0) -> Iterator[Flat]:
     """Where the kernel writes ``out``: in place on a GPU, else device memory that is downloaded at the end."""
     from numba import cuda
 
@@ -93,6 +93,8 @@ def output(out: Any) -> Iterator[Flat]:
     bits = _bits(host.reshape(-1))
     vector = cuda.device_array(bits.shape, bits.dtype)
     yield Flat(vector, 0, _strides(host, axes))
+    if on:
+        on.synchronize()  # the download below is ordered after the default stream only
     vector.copy_to_host(bits)
     if host is not ordered:
         ordered[...] = host
@@ -131,13 +133,13 @@ class _Span:
         }
 
 
-def vector(like: Any, values: Any | None, dtype: np.dtype[Any], size: int = 1) -> Any:
+def vector(like: Any, values: Any | None, dtype: np.dtype[Any], size: int = 1, on: Any = 0) -> Any:
     """A small contiguous vector on the device that holds ``like``; ``size`` zeros when there are no values."""
     from numba import cuda
 
     if isinstance(like, np.ndarray):
         host = np.zeros(size, dtype) if values is None else np.ascontiguousarray(values, dtype)
-        return cuda.to_device(host)
+        return cuda.to_device(host, stream=on)
     import cupy
 
     array = cupy.zeros(size, dtype) if values is None else cupy.ascontiguousarray(cupy.asarray(values), dtype)
