@@ -39,7 +39,7 @@ class Rig:
         return WallClock()
 
     def implementations(self) -> list[str]:
-        return [name for name in dispatch.TABLE if dispatch.DEVICES[dispatch.library_of(name)] == "cpu"]
+        return list(dispatch.serving("forward", "cpu"))
 
     def array(self, problem: Conv2dProblem, values: np.ndarray) -> Any:
         return values.copy()
@@ -53,7 +53,7 @@ class Rig:
 
 class _Gpu(Rig):
     def implementations(self) -> list[str]:
-        names = [name for name in dispatch.TABLE if dispatch.DEVICES[dispatch.library_of(name)] == "cuda"]
+        names = list(dispatch.serving("forward", "cuda"))
         return [name for name in names if dispatch.implementation(name).unavailable() is None]
 
 

@@ -1,7 +1,8 @@
 """2-D convolution for NumPy and CuPy arrays, on the GPU or the CPU.
 
-``conv2d`` computes, ``explain`` says what would run and why, ``info`` what this machine can do. Importing gpuconv
-loads neither Numba nor CuPy.
+``conv2d`` computes, ``conv_transpose2d``, ``conv1d``, ``unfold``, ``fold`` and ``grad`` are its relatives, ``Conv2d``
+is one prepared for many images. ``explain`` says what would run and why, ``info`` what this machine can do. Importing
+gpuconv loads neither Numba nor CuPy.
 """
 
 import importlib
@@ -14,11 +15,17 @@ from gpuconv.geometry import output_size, parameter_count, receptive_field
 from gpuconv.problem import Conv2dProblem
 
 if TYPE_CHECKING:
+    from gpuconv import grad
     from gpuconv.explanation import Explanation, explain
     from gpuconv.machine import clear, info
+    from gpuconv.one_dimension import conv1d
+    from gpuconv.patches import fold, unfold
+    from gpuconv.prepared import Conv2d
     from gpuconv.tracing import Trace, trace
+    from gpuconv.transpose import conv_transpose2d
 
 __all__ = [
+    "Conv2d",
     "Conv2dProblem",
     "DeviceFallbackWarning",
     "Explanation",
@@ -26,17 +33,27 @@ __all__ = [
     "Trace",
     "__version__",
     "clear",
+    "conv1d",
     "conv2d",
+    "conv_transpose2d",
     "explain",
+    "fold",
+    "grad",
     "info",
     "output_size",
     "parameter_count",
     "receptive_field",
     "trace",
+    "unfold",
 ]
 
 # What conv2d does not need is loaded when first asked for; each name and the module that has it.
 _LATER = {
+    "Conv2d": "prepared",
+    "conv1d": "one_dimension",
+    "conv_transpose2d": "transpose",
+    "fold": "patches",
+    "unfold": "patches",
     "Explanation": "explanation",
     "explain": "explanation",
     "clear": "machine",
@@ -47,6 +64,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "grad":
+        return importlib.import_module("gpuconv.grad")
     if name not in _LATER:
         raise AttributeError(f"module 'gpuconv' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"gpuconv.{_LATER[name]}"), name)

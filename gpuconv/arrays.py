@@ -181,6 +181,17 @@ def deliver(array: Array, like: Operand) -> Any:
     return tensor.view(torch.bfloat16) if brain else tensor
 
 
+def ones(shape: tuple[int, ...], like: Operand) -> Operand:
+    """An array of ``shape`` that is True everywhere, one byte of memory where ``like`` is."""
+    if like.device is None:
+        return Operand(np.broadcast_to(np.True_, shape), like.library, None, "bool")
+    import cupy
+
+    with on_stream(like.device, like.stream):
+        one = cupy.broadcast_to(cupy.ones((), bool), shape)
+    return Operand(one, like.library, like.device, "bool", like.stream)
+
+
 def to_host(array: Array) -> np.ndarray[Any, Any]:
     """A host copy of a GPU array (a NumPy array comes back as it is)."""
     host: np.ndarray[Any, Any] = array if isinstance(array, np.ndarray) else array.get()
@@ -219,6 +230,15 @@ def on_stream(ordinal: int | None, stream: int | None) -> AbstractContextManager
     if stream is None:
         return device  # type: ignore[no-any-return]
     return _DeviceAndStream(device, cupy.cuda.ExternalStream(stream, ordinal))
+
+
+def synchronize(ordinal: int) -> None:
+    """Wait for all work on GPU ``ordinal``'s current stream, where CuPy is loaded."""
+    if "cupy" in sys.modules:
+        import cupy
+
+        with cupy.cuda.Device(ordinal):
+            cupy.cuda.get_current_stream().synchronize()
 
 
 def stream_of(operand: Operand | None) -> Any | None:

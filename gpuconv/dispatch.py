@@ -19,11 +19,22 @@ from gpuconv.errors import DeviceFallbackWarning, NoBackendError
 from gpuconv.problem import Conv2dProblem
 
 # Best first, per device. Each name is a module of gpuconv.backends.
-TABLE = ("cupy.gemm", "numba_cuda.direct", "numpy.gemm", "numpy.reference")
+TABLE = (
+    "cupy.gemm",
+    "cupy.patches",
+    "numba_cuda.direct",
+    "numba_cuda.patches",
+    "numpy.gemm",
+    "numpy.patches",
+    "numpy.reference",
+)
 MODULES = {
     "cupy.gemm": "cupy_gemm",
+    "cupy.patches": "cupy_patches",
     "numba_cuda.direct": "numba_cuda.direct",
+    "numba_cuda.patches": "numba_cuda.patches",
     "numpy.gemm": "numpy_gemm",
+    "numpy.patches": "numpy_patches",
     "numpy.reference": "numpy_reference",
 }
 DEVICES = {"cupy": "cuda", "numba_cuda": "cuda", "numpy": "cpu"}
@@ -31,12 +42,19 @@ DEVICES = {"cupy": "cuda", "numba_cuda": "cuda", "numpy": "cpu"}
 
 def preferred(problem: Conv2dProblem, device: str) -> tuple[list[str], str]:
     """The table's names for ``device``, best first for this problem, and the rule that put the first there."""
-    names = [name for name in TABLE if DEVICES[library_of(name)] == device]
-    if device == "cuda" and problem.O // problem.groups < 8:
+    names = list(serving(problem.op, device))
+    thin = problem.op in ("forward", "input_grad") and problem.result_channels // problem.groups < 8
+    if device == "cuda" and thin:
         # A GEMM this thin reads far more than it computes, and im2col writes all of it first. Not measured yet.
         names.sort(key=lambda name: name != "numba_cuda.direct")
         return names, "fewer than 8 output channels per group: too thin for a matrix product"
     return names, "first in the table that can run"
+
+
+def serving(op: str, device: str | None = None) -> tuple[str, ...]:
+    """The table's names that are for ``op``, on ``device`` or on any."""
+    names = [name for name in TABLE if device is None or DEVICES[library_of(name)] == device]
+    return tuple(name for name in names if op in implementation(name).OPS)
 
 
 def library_of(name: str) -> str:
@@ -74,6 +92,13 @@ def check_backend(call: str, backend: Any) -> None:
         raise ValueError(f"{call}: backend must be one of {known}; got {backend!r}")
 
 
+def check_agreement(call: str, kind: str | None, device: Any, backend: str | None) -> None:
+    """Refuse a ``backend`` that runs on another kind of device than ``device`` asks for."""
+    implied = None if backend is None else DEVICES[library_of(backend)]
+    if implied is not None and kind not in (None, "auto", implied):
+        raise ValueError(f"{call}: backend={backend!r} runs on the {implied}; it contradicts device={device!r}")
+
+
 def reasons(name: str, problem: Conv2dProblem, target: Target) -> list[str]:
     """Every reason why ``name`` cannot run ``problem`` here."""
     module = implementation(name)
@@ -100,8 +125,12 @@ def choose(call: str, problem: Conv2dProblem, target: Target, backend: str | Non
     """
     names, why = preferred(problem, target.device)
     if backend is not None:
-        names = [name for name in names if name in (candidates(backend) or ())]
+        named = candidates(backend) or ()
+        names = [name for name in names if name in named]
         why = f"backend={backend!r} asked for it"
+        if not names:
+            ops = ", ".join(sorted({op for name in named for op in implementation(name).OPS}))
+            raise NoBackendError(f"{call}: {backend} has no implementation of {problem.op}; it serves {ops}")
     rejected: list[tuple[str, tuple[str, ...]]] = []
     shortage: MemoryError | None = None
     for name in names:
@@ -120,15 +149,16 @@ def choose(call: str, problem: Conv2dProblem, target: Target, backend: str | Non
 
 
 def gpu_missing() -> list[tuple[str, str]]:
-    """The CUDA implementations with the reason why each is unusable; empty as soon as one is usable."""
-    found = []
+    """The first implementation of each CUDA library with the reason why it is unusable; empty if one is usable."""
+    found: dict[str, tuple[str, str]] = {}
     for name in TABLE:
-        if DEVICES[library_of(name)] == "cuda":
+        library = library_of(name)
+        if DEVICES[library] == "cuda" and library not in found:
             reason = implementation(name).unavailable()
             if reason is None:
                 return []
-            found.append((name, reason))
-    return found
+            found[library] = name, reason
+    return list(found.values())
 
 
 def parse_device(call: str, device: Any) -> tuple[str | None, int | None]:
@@ -150,10 +180,8 @@ def resolve(call: str, device: Any, backend: Any, home: int | None, stacklevel: 
     kind, ordinal = parse_device(call, device)
     check_backend(call, backend)
     if backend is not None:
-        implied = DEVICES[library_of(backend)]
-        if kind not in (None, "auto", implied):
-            raise ValueError(f"{call}: backend={backend!r} runs on the {implied}; it contradicts device={device!r}")
-        if implied == "cpu":
+        check_agreement(call, kind, device, backend)
+        if DEVICES[library_of(backend)] == "cpu":
             return Target("cpu")
         if all(implementation(name).unavailable() is not None for name in candidates(backend) or ()):
             return Target("cuda", ordinal)  # a forced backend never falls back: choose() refuses it with its reasons

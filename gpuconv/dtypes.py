@@ -97,27 +97,22 @@ def promoted(x: str, k: str) -> str:
     return str(np.result_type(x, k).name)
 
 
-def result_and_sum(call: str, x: str, k: str, dtype: Any) -> tuple[str, str]:
-    """The result type, and the type that products are summed in.
-
-    ``dtype`` is what the caller asked for, or None. 16-bit floats are summed in float32.
-    """
+def result_dtype(call: str, x: str, k: str, dtype: Any) -> str:
+    """The result type: ``dtype`` as the caller asked for it, where it can hold the products, or the default."""
     default = promoted(x, k)
     if dtype is None:
-        result = default
-    else:
-        result = name_of(call, "dtype is", dtype)
-        if result not in _RESULTS:
-            raise TypeError(
-                f"{call}: dtype must be one of {', '.join(_RESULTS)} (integers are summed in 32 or 64 bits); "
-                f"got {result}"
-            )
-        if _kind(default) > _kind(result):
-            raise TypeError(
-                f"{call}: dtype={result} cannot hold the product of {x} and {k}: "
-                f"casting {default} to {result} is not allowed by the rule 'same_kind'"
-            )
-    return result, ("float32" if result in ("float16", "bfloat16") else result)
+        return default
+    result = name_of(call, "dtype is", dtype)
+    if result not in _RESULTS:
+        raise TypeError(
+            f"{call}: dtype must be one of {', '.join(_RESULTS)} (integers are summed in 32 or 64 bits); got {result}"
+        )
+    if _kind(default) > _kind(result):
+        raise TypeError(
+            f"{call}: dtype={result} cannot hold the product of {x} and {k}: "
+            f"casting {default} to {result} is not allowed by the rule 'same_kind'"
+        )
+    return result
 
 
 def _kind(name: str) -> int:

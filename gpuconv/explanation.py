@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import api, arrays, dispatch, dtypes
+from gpuconv import arrays, dispatch, dtypes, request, transpose
 from gpuconv.backends.protocol import Plan, Target
 from gpuconv.errors import NoBackendError
-from gpuconv.problem import Conv2dProblem
+from gpuconv.problem import Conv2dProblem, check_choice
 
 _PROMISES = {
     "highest": "every element within the a-priori bound of a direct sum",
@@ -46,8 +46,8 @@ class Explanation:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """(N, O, OH, OW), whatever the layout."""
-        return self.problem.y_shape
+        """(N, O, OH, OW), whatever the layout; of a gradient, the shape of x or k."""
+        return self.problem.result_shape
 
     @property
     def padding(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -82,7 +82,7 @@ class Explanation:
         rows = [
             ("problem", str(p)),
             ("runs", f"{self.implementation} on {self.target}" if self.implementation else "nothing"),
-            ("output", f"N {p.N} × O {p.O} × OH {p.OH} × OW {p.OW}, {p.y_dtype}, {p.layout}"),
+            ("output", _sizes(p)),
             ("padding", pads),
             ("work", f"{_scaled(p.flops, 'FLOP', 1000)}, {p.products} products per output"),
             ("traffic", f"{_scaled(p.bytes, 'B', 1024)} in and out, {p.flops / max(p.bytes, 1):.1f} FLOP/B"),
@@ -104,6 +104,16 @@ class Explanation:
         if self.note:
             lines += ["", self.note]
         return "\n".join(lines)
+
+
+def _sizes(p: Conv2dProblem) -> str:
+    """The result's axes with their extents, dtype and layout."""
+    names = {
+        "forward": "N O OH OW", "input_grad": "N C H W", "weight_grad": "O I KH KW", "unfold": "N C·KH·KW OH OW",
+        "fold": "N C H W",
+    }[p.op]  # fmt: skip
+    axes = " × ".join(f"{name} {extent}" for name, extent in zip(names.split(), p.result_shape, strict=True))
+    return f"{axes}, {p.y_dtype}, {p.kernel_layout if p.op == 'weight_grad' else p.layout}"
 
 
 def explain(
@@ -131,6 +141,8 @@ def explain(
     workspace_limit: int | None = None,
     stream: Any = None,
     input_dtype: Any = "float32",
+    op: str = "forward",
+    output_padding: Any = 0,
 ) -> Explanation:
     """Say what ``conv2d`` would run with the same arguments, and why; nothing is computed.
 
@@ -143,6 +155,11 @@ def explain(
         As for ``conv2d``; True stands for a bias that is not at hand.
     input_dtype : dtype, default "float32"
         Of arguments given as shapes.
+    op : {"forward", "transpose", "input_grad", "weight_grad"}
+        What is to be computed: ``conv2d``, or ``grad.conv2d_input`` or ``grad.conv2d_weight`` of that convolution. With
+        ``"transpose"`` the arguments are those of ``conv_transpose2d``.
+    output_padding : int or (rows, columns), default 0
+        As for ``conv_transpose2d``.
     device : str, optional
         As for ``conv2d``. With ``"cuda"`` on a machine without a GPU the report lists what is missing, and still says
         what every CUDA implementation thinks of the problem.
@@ -174,6 +191,7 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
             "padding_mode": padding_mode, "padding_value": padding_value, "flip": flip, "layout": layout,
             "kernel_layout": kernel_layout, "activation": activation, "x_zero_point": x_zero_point,
             "k_zero_point": k_zero_point, "dtype": dtype, "precision": precision, "input_dtype": input_dtype,
+            "op": op, "output_padding": output_padding,
         }  # fmt: skip
         for name, value in given.items():
             if value is not (default := _DEFAULTS[name]) and not (isinstance(value, (int, str)) and value == default):
@@ -184,20 +202,28 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
             raise TypeError(f"{call}: k is missing; pass both x and k, or one problem line")
         x_shape, x_dtype, home = _described(call, "x", x, input_dtype)
         k_shape, k_dtype, _ = _described(call, "k", k, input_dtype)
-        zero_points = api.as_zero_points(call, k_zero_point)
-        problem = Conv2dProblem.of(
-            x_shape, k_shape, call=call, x_dtype=x_dtype, k_dtype=k_dtype, dtype=dtype,
-            bias=bias is not None and bias is not False, stride=stride, padding=padding, dilation=dilation,
-            groups=groups, padding_mode=padding_mode, padding_value=padding_value, flip=flip, layout=layout,
-            kernel_layout=kernel_layout, activation=activation, x_zero_point=x_zero_point,
-            k_zero_point=bool(zero_points.any()), precision=precision,
-        )  # fmt: skip
-        api.check_zero_points(call, zero_points, problem)
+        zero_points = request.as_zero_points(call, k_zero_point)
+        has_bias = bias is not None and bias is not False
+        _check_op(call, op, locals())
+        if op == "transpose":
+            problem = transpose.problem_of(
+                call, x_shape, k_shape, x_dtype, k_dtype, has_bias, stride, padding, output_padding, groups, dilation,
+                layout, activation, dtype, precision,
+            )  # fmt: skip
+        else:
+            problem = Conv2dProblem.of(
+                x_shape, k_shape, call=call, x_dtype=x_dtype, k_dtype=k_dtype, dtype=dtype, bias=has_bias,
+                stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
+                padding_value=padding_value, flip=flip, layout=layout, kernel_layout=kernel_layout,
+                activation=activation, x_zero_point=x_zero_point, k_zero_point=bool(zero_points.any()),
+                precision=precision, op=op, conjugate=op != "forward",
+            )  # fmt: skip
+        request.check_zero_points(call, zero_points, problem)
         if _is_shape(bias):
             bias = np.broadcast_to(np.zeros((), dtypes.numpy_dtype("float32" if "float" in x_dtype else "int8")), bias)
         if bias is not None and not isinstance(bias, bool):
-            api.check_bias(call, api.as_bias(call, bias), problem)
-    limit = api.workspace(call, workspace_limit)
+            request.check_bias(call, request.as_bias(call, bias), problem)
+    limit = request.workspace(call, workspace_limit)
     kind, _ = dispatch.parse_device(call, device)
     dispatch.check_backend(call, backend)
 
@@ -229,6 +255,32 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
 
 
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(explain).parameters.items()}
+
+
+# What an op has no meaning for, besides what every op takes.
+_FOREIGN = {
+    "forward": ("output_padding",),
+    "transpose": ("padding_mode", "padding_value", "flip", "kernel_layout", "x_zero_point", "k_zero_point"),
+    "input_grad": (
+        "output_padding",
+        "bias",
+        "activation",
+        "padding_mode",
+        "padding_value",
+        "x_zero_point",
+        "k_zero_point",
+    ),
+}
+_FOREIGN["weight_grad"] = _FOREIGN["input_grad"]
+
+
+def _check_op(call: str, op: Any, given: dict[str, Any]) -> None:
+    """Refuse an unknown op, and arguments that its operator does not have."""
+    check_choice(call, "op", op, tuple(_FOREIGN))
+    for name in _FOREIGN[op]:
+        value, default = given[name], _DEFAULTS[name]
+        if value is not default and not (isinstance(value, (int, str)) and value == default):
+            raise ValueError(f"{call}: {name} has no meaning with op={op!r}; got {value!r}")
 
 
 def _is_shape(value: Any) -> bool:

@@ -48,7 +48,8 @@ def shown(value: int) -> str:
     return str(value) if value.bit_length() <= 256 else f"an integer of {value.bit_length()} bits"
 
 
-def _is_sequence(value: Any) -> bool:
+def is_sequence(value: Any) -> bool:
+    """Whether ``value`` is a list, tuple or array of one axis or more, and no text."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
@@ -56,7 +57,7 @@ def _is_sequence(value: Any) -> bool:
 
 def as_pair(call: str, name: str, value: Any, minimum: int, form: str = "(rows, columns)") -> Pair:
     """``value``, an integer or a pair of the given ``form``, as a pair."""
-    if not _is_sequence(value):
+    if not is_sequence(value):
         integer = as_integer(call, name, value, minimum)
         return integer, integer
     if len(value) != 2:
@@ -81,6 +82,12 @@ def _named_padding(name: str, n: int, k: int, stride: int, dilation: int) -> Pai
     return (large, small) if name == "same_lower" else (small, large)
 
 
+def named_padding(call: str, name: str, n: int, k: int, stride: int, dilation: int) -> Pair:
+    """Padding of one axis by its name."""
+    _check_padding_name(call, name)
+    return _named_padding(name, n, k, stride, dilation)
+
+
 def _check_padding_name(call: str, name: str) -> None:
     if name not in PADDING_NAMES:
         known = ", ".join(repr(known) for known in PADDING_NAMES)
@@ -90,14 +97,16 @@ def _check_padding_name(call: str, name: str) -> None:
         )
 
 
-def resolve_padding(call: str, padding: Any, sizes: Pair, kernel: Pair, stride: Pair, dilation: Pair) -> Pads:
-    """Padding in any accepted form as ((top, bottom), (left, right))."""
+def resolve_padding(
+    call: str, padding: Any, sizes: Pair, kernel: Pair, stride: Pair, dilation: Pair, minimum: int = 0
+) -> Pads:
+    """Padding in any accepted form as ((top, bottom), (left, right)), each at least ``minimum``."""
     if isinstance(padding, str):
         _check_padding_name(call, padding)
         named = [_named_padding(padding, *axis) for axis in zip(sizes, kernel, stride, dilation, strict=True)]
         return named[0], named[1]
-    if not _is_sequence(padding):
-        both = as_integer(call, "padding", padding, 0)
+    if not is_sequence(padding):
+        both = as_integer(call, "padding", padding, minimum)
         return (both, both), (both, both)
     if len(padding) == 4:
         raise ValueError(
@@ -109,17 +118,17 @@ def resolve_padding(call: str, padding: Any, sizes: Pair, kernel: Pair, stride: 
             f"{call}: padding must be an integer, (rows, columns), ((top, bottom), (left, right)) or a name; "
             f"got {padding!r}"
         )
-    nested = [_is_sequence(item) for item in padding]
+    nested = [is_sequence(item) for item in padding]
     if any(nested) != all(nested):
         raise ValueError(
             f"{call}: padding must give both axes in the same form, (rows, columns) or "
             f"((top, bottom), (left, right)); got {padding!r}"
         )
     if not all(nested):
-        rows, columns = (as_integer(call, f"padding[{axis}]", item, 0) for axis, item in enumerate(padding))
+        rows, columns = (as_integer(call, f"padding[{axis}]", item, minimum) for axis, item in enumerate(padding))
         return (rows, rows), (columns, columns)
-    return as_pair(call, "padding[0]", padding[0], 0, "(top, bottom)"), as_pair(
-        call, "padding[1]", padding[1], 0, "(left, right)"
+    return as_pair(call, "padding[0]", padding[0], minimum, "(top, bottom)"), as_pair(
+        call, "padding[1]", padding[1], minimum, "(left, right)"
     )
 
 
@@ -220,7 +229,7 @@ def receptive_field(layers: Iterable[int | Sequence[int]]) -> int:
         raise TypeError(f"{call}: layers must be a sequence of (k, stride, dilation); got {layers!r}")
     field, jump = 1, 1
     for position, layer in enumerate(layers):
-        values = tuple(layer) if _is_sequence(layer) else (layer,)  # type: ignore[arg-type]
+        values = tuple(layer) if is_sequence(layer) else (layer,)  # type: ignore[arg-type]
         if not 1 <= len(values) <= 3:
             raise ValueError(f"{call}: layers[{position}] must be (k, stride, dilation); got {layer!r}")
         k, stride, dilation = (

@@ -82,11 +82,17 @@ def _gpus() -> list[str]:
 
 
 def clear() -> None:
-    """Release cached plans, compiled kernels' handles and what CuPy's pools hold free."""
+    """Release cached plans, compiled kernels' handles, every ``Conv2d``'s packed and uploaded kernels, and what CuPy's
+    pools hold free.
+    """
     dispatch.choose.cache_clear()
-    direct = sys.modules.get("gpuconv.backends.numba_cuda.direct")
-    if direct is not None:
-        direct.kernel.cache_clear()
+    for name in ("direct", "patches"):
+        module = sys.modules.get(f"gpuconv.backends.numba_cuda.{name}")
+        if module is not None:
+            module.kernel.cache_clear()
+    prepared = sys.modules.get("gpuconv.prepared")
+    if prepared is not None:
+        prepared.release()
     if "cupy" in sys.modules and dispatch.implementation("cupy.gemm").unavailable() is None:
         import cupy
 

@@ -17,23 +17,39 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import dtypes, geometry
+from gpuconv import dtypes, geometry, layouts
 from gpuconv.geometry import Pads, Pair
 
-LAYOUTS = ("NCHW", "NHWC")
-KERNEL_LAYOUTS = ("OIHW", "HWIO", "OHWI")
 ACTIVATIONS = (None, "relu")
 PRECISIONS = ("highest", "high", "medium")
 NO_PADS: Pads = ((0, 0), (0, 0))
 
+# What is computed from what. The gradients are the adjoints of the forward convolution; unfold gathers its windows,
+# and fold is the adjoint of that.
+OPS = ("forward", "input_grad", "weight_grad", "unfold", "fold")
+
 
 @dataclass(frozen=True, slots=True)
 class Conv2dProblem:
-    """A forward 2-D convolution ``y[n,o,i,j] = b[o] + Σ_cpq x[n,c, i·s+p·d-pad, j·s+q·d-pad] · k[o,c,p,q]``.
+    """A 2-D convolution ``y[n,o,i,j] = b[o] + Σ_cpq x[n,c, i·s+p·d-pad, j·s+q·d-pad] · k[o,c,p,q]``, or its adjoint.
+
+    Sizes are those of this forward convolution, whatever is computed:
+
+    =============  ==============  ==============  ======
+    ``op``         first operand   second          result
+    =============  ==============  ==============  ======
+    forward        x               k               y
+    input_grad     gradient of y   k               gradient of x
+    weight_grad    x               gradient of y   gradient of k
+    unfold         x                               the windows of x, as C·KH·KW channels of y
+    fold           such windows                    their sums, in the form of x
+    =============  ==============  ==============  ======
 
     Extents are those of the four-dimensional form (N, C, H, W) whatever the caller's layout; ``C`` counts all
     channels of x, each group of the kernel sees ``C // groups`` of them. ``padding`` is resolved to
-    ((top, bottom), (left, right)).
+    ((top, bottom), (left, right)); it may be negative, a crop, in the parts that an input gradient is made of.
+    ``x_dtype``, ``k_dtype`` and ``y_dtype`` are those of the first operand, the second and the result. With
+    ``conjugate`` the operand that is not a gradient is conjugated, as the adjoint of a complex convolution asks.
     """
 
     N: int
@@ -60,6 +76,8 @@ class Conv2dProblem:
     x_zero_point: int = 0
     k_zero_point: bool = False
     precision: str = "highest"
+    op: str = "forward"
+    conjugate: bool = False
 
     @property
     def OH(self) -> int:
@@ -87,9 +105,36 @@ class Conv2dProblem:
         return self.N, self.O, self.OH, self.OW
 
     @property
+    def operand_shapes(self) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int] | None]:
+        """Shapes of the first operand and of the second."""
+        return {
+            "forward": (self.x_shape, self.k_shape),
+            "input_grad": (self.y_shape, self.k_shape),
+            "weight_grad": (self.x_shape, self.y_shape),
+            "unfold": (self.x_shape, None),
+            "fold": (self.y_shape, None),
+        }[self.op]
+
+    @property
+    def result_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the result, in the order N C H W, or O I KH KW for a weight gradient."""
+        if self.op == "weight_grad":
+            return self.k_shape
+        return self.x_shape if self.op in ("input_grad", "fold") else self.y_shape
+
+    @property
+    def result_channels(self) -> int:
+        """Channels of the result, each of which a bias has a number for."""
+        return self.C if self.op == "input_grad" else self.O
+
+    @property
     def products(self) -> int:
-        """Products summed for one element of the result: C/groups · KH · KW."""
-        return self.C // self.groups * self.KH * self.KW
+        """Products summed for one element of the result, at most (of an input gradient near the border, fewer)."""
+        if self.op in ("unfold", "fold"):
+            return self.KH * self.KW if self.op == "fold" else 1
+        if self.op == "weight_grad":
+            return self.N * self.OH * self.OW
+        return (self.C if self.op == "forward" else self.O) // self.groups * self.KH * self.KW
 
     @property
     def sum_dtype(self) -> str:
@@ -102,27 +147,32 @@ class Conv2dProblem:
         return self.x_zero_point or self.padding_value
 
     @property
-    def y_size(self) -> int:
+    def result_size(self) -> int:
         """Elements of the result."""
-        return self.N * self.O * self.OH * self.OW
+        return math.prod(self.result_shape)
 
     @property
     def flops(self) -> int:
         """Real multiplications and additions of the direct algorithm (a complex product and sum counts eight)."""
-        return self.y_size * self.products * (8 if dtypes.is_complex(self.y_dtype) else 2)
+        outputs = math.prod(self.y_shape)
+        if self.op in ("unfold", "fold"):
+            return outputs * (2 if dtypes.is_complex(self.y_dtype) else 1) if self.op == "fold" else 0
+        return outputs * (self.C // self.groups) * self.KH * self.KW * (8 if dtypes.is_complex(self.y_dtype) else 2)
 
     @property
     def bytes(self) -> int:
-        """Bytes of x, k, bias and result, each moved once: the least traffic of any algorithm."""
-        bias = self.O * dtypes.itemsize(self.y_dtype) if self.bias else 0
-        x = self.N * self.C * self.H * self.W * dtypes.itemsize(self.x_dtype)
-        k = self.O * self.products * dtypes.itemsize(self.k_dtype)
-        return x + k + bias + self.y_size * dtypes.itemsize(self.y_dtype)
+        """Bytes of the operands, bias and result, each moved once: the least traffic of any algorithm."""
+        first, second = self.operand_shapes
+        total = self.result_channels * dtypes.itemsize(self.y_dtype) if self.bias else 0
+        total += math.prod(first) * dtypes.itemsize(self.x_dtype)
+        if second is not None:
+            total += math.prod(second) * dtypes.itemsize(self.k_dtype)
+        return total + self.result_size * dtypes.itemsize(self.y_dtype)
 
     def largest_sum(self, bias: int = 0) -> int:
         """Upper bound on |Σ| for integer operands, zero points and a bias of magnitude ``bias`` included."""
         x_low, x_high = dtypes.RANGES[self.x_dtype]
-        k_low, k_high = dtypes.RANGES[self.k_dtype]
+        k_low, k_high = dtypes.RANGES[self.k_dtype] if self.op != "fold" else (1, 1)
         x_top = max(x_high - self.x_zero_point, self.x_zero_point - x_low)
         # A zero point lies in the type's own range, so the difference spans at most the whole range.
         k_top = k_high - k_low if self.k_zero_point else max(k_high, -k_low)
@@ -193,30 +243,37 @@ class Conv2dProblem:
         x_zero_point: Any = 0,
         k_zero_point: bool = False,
         precision: Any = "highest",
+        op: str = "forward",
+        conjugate: bool = False,
+        names: tuple[str, str] = ("x", "k"),
+        least_padding: int = 0,
     ) -> Conv2dProblem:
         """The problem of an input of ``x_shape`` and a kernel of ``k_shape`` in the caller's layouts.
+
+        ``names`` are what the caller calls the two, for errors.
 
         Raises
         ------
         TypeError, ValueError
             Naming the argument, the value it got and the rule it broke; ``call`` is the function named.
         """
-        _choice(call, "layout", layout, LAYOUTS)
-        _choice(call, "kernel_layout", kernel_layout, KERNEL_LAYOUTS)
-        _choice(call, "activation", activation, ACTIVATIONS)
-        _choice(call, "precision", precision, PRECISIONS)
+        check_choice(call, "layout", layout, layouts.LAYOUTS)
+        check_choice(call, "kernel_layout", kernel_layout, layouts.KERNEL_LAYOUTS)
+        check_choice(call, "activation", activation, ACTIVATIONS)
+        check_choice(call, "precision", precision, PRECISIONS)
         if not isinstance(flip, (bool, np.bool_)):
             raise TypeError(f"{call}: flip must be True or False; got {flip!r}")
         groups = geometry.as_integer(call, "groups", groups, 1, 2**63)
-        (N, C, H, W), (O, I, KH, KW) = _four_dimensional(call, x_shape, k_shape, layout, kernel_layout)
+        (N, C, H, W), (O, I, KH, KW) = layouts.four_dimensional(call, names, x_shape, k_shape, layout, kernel_layout)
         for name, extent in (("output channels", O), ("rows", KH), ("columns", KW)):
             if extent == 0:
-                raise ValueError(f"{call}: k has 0 {name} (shape {k_shape}); a kernel needs at least one")
-        _check_channels(call, x_shape, k_shape, C, O, I, groups, kernel_layout)
+                raise ValueError(f"{call}: {names[1]} has 0 {name} (shape {k_shape}); a kernel needs at least one")
+        axis = layouts.kernel_axes(kernel_layout, 4)[1]
+        layouts.check_channels(call, names, x_shape, k_shape, C, O, I, groups, axis)
 
         strides = geometry.as_pair(call, "stride", stride, 1)
         dilations = geometry.as_pair(call, "dilation", dilation, 1)
-        pads = geometry.resolve_padding(call, padding, (H, W), (KH, KW), strides, dilations)
+        pads = geometry.resolve_padding(call, padding, (H, W), (KH, KW), strides, dilations, least_padding)
         if any(pad >= geometry.STEP_LIMIT for axis in pads for pad in axis):
             raise ValueError(f"{call}: padding must be below {geometry.STEP_LIMIT}; padding={padding!r} gives {pads}")
         geometry.require_fit(call, (H, W), (KH, KW), pads, dilations)
@@ -239,7 +296,7 @@ class Conv2dProblem:
         if pads == NO_PADS:  # one name for one problem
             mode, value = "constant", 0
 
-        y_dtype, _ = dtypes.result_and_sum(call, x_dtype, k_dtype, dtype)
+        y_dtype = x_dtype if op == "unfold" else dtypes.result_dtype(call, x_dtype, k_dtype, dtype)
         if activation is not None and dtypes.is_complex(y_dtype):
             raise ValueError(f"{call}: activation={activation!r} is not defined for complex results ({y_dtype})")
         zero_point = _zero_point(call, "x_zero_point", x_zero_point, x_dtype)
@@ -275,20 +332,25 @@ class Conv2dProblem:
             x_zero_point=zero_point,
             k_zero_point=k_zero_point,
             precision=precision,
+            op=op,
+            conjugate=conjugate and dtypes.is_complex(y_dtype),
         )
         problem.check_overflow(call)
         return problem
 
     def check_overflow(self, call: str, bias: int = 0) -> None:
         """Refuse a 32-bit integer sum that could overflow; 64-bit sums wrap as NumPy's own arithmetic does."""
-        if self.y_dtype == "int32" and self.largest_sum(bias) > dtypes.RANGES["int32"][1]:
+        if self.op != "unfold" and self.y_dtype == "int32" and self.largest_sum(bias) > dtypes.RANGES["int32"][1]:
+            both = f"products of {self.x_dtype} and {self.k_dtype}"
+            summed = f"numbers of {self.x_dtype}" if self.op == "fold" else both
             raise ValueError(
-                f"{call}: {self.products} products of {self.x_dtype} and {self.k_dtype}"
+                f"{call}: {self.products} {summed}"
                 f"{' and the bias' if bias else ''} could overflow the int32 sum; pass dtype=np.int64"
             )
 
 
-def _choice(call: str, name: str, value: Any, accepted: tuple[str | None, ...]) -> None:
+def check_choice(call: str, name: str, value: Any, accepted: tuple[str | None, ...]) -> None:
+    """Refuse a ``value`` that is none of ``accepted``."""
     if not (value is None or isinstance(value, str)) or value not in accepted:
         raise ValueError(f"{call}: {name} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
 
@@ -364,84 +426,4 @@ def check_zero_point(call: str, name: str, low: int, high: int, dtype: str) -> N
     if low < bottom or high > top:
         raise ValueError(
             f"{call}: {name} must lie in {dtype}'s range {bottom} to {top}; got {low if low < bottom else high}"
-        )
-
-
-_PAIRINGS = """\
-    x (H, W)         with k (KH, KW)                  gives (OH, OW)
-    x (H, W)         with k (O, KH, KW)               gives (O, OH, OW)
-    x (C, H, W)      with k (O, C/groups, KH, KW)     gives (O, OH, OW)
-    x (N, C, H, W)   with k (O, C/groups, KH, KW)     gives (N, O, OH, OW)"""
-
-# Axes of the kernel as given, in the order O I H W (or O H W).
-_KERNEL_AXES = {
-    ("OIHW", 4): (0, 1, 2, 3),
-    ("HWIO", 4): (3, 2, 0, 1),
-    ("OHWI", 4): (0, 3, 1, 2),
-    ("OIHW", 3): (0, 1, 2),
-    ("HWIO", 3): (2, 0, 1),
-    ("OHWI", 3): (0, 1, 2),
-}
-
-
-def kernel_axes(kernel_layout: str, ndim: int) -> tuple[int, ...]:
-    """The permutation that brings a kernel of rank 3 or 4 to the order O (I) H W."""
-    return _KERNEL_AXES[kernel_layout, ndim]
-
-
-def image_axes(layout: str, ndim: int) -> tuple[int, ...]:
-    """The permutation that brings x (or the result) to channels first."""
-    if layout == "NCHW" or ndim < 3:
-        return tuple(range(ndim))
-    return (*range(ndim - 3), ndim - 1, ndim - 3, ndim - 2)
-
-
-def _four_dimensional(
-    call: str, x_shape: tuple[int, ...], k_shape: tuple[int, ...], layout: str, kernel_layout: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes as (N, C, H, W) and (O, I, KH, KW), or a ValueError that says which pairings would work."""
-    ranks = (len(x_shape), len(k_shape))
-    if ranks not in ((2, 2), (2, 3), (3, 4), (4, 4)):
-        hint = ""
-        if len(x_shape) in (3, 4) and len(k_shape) == 2:
-            channels = x_shape[image_axes(layout, len(x_shape))[-3]]
-            # A colour image as most libraries load it: channels last, whatever the default layout says.
-            last = layout == "NHWC" or (x_shape[-1] in (3, 4) and channels not in (1, 3, 4))
-            channels, rest = (x_shape[-1], ', layout="NHWC"') if last else (channels, "")
-            hint = (
-                f"\nTo filter each of the {channels} channels with the same kernel (depthwise):\n"
-                f"    conv2d(x, np.broadcast_to(k, ({channels}, 1, *k.shape)), groups={channels}{rest})"
-            )
-        raise ValueError(
-            f"{call}: x of shape {x_shape} and k of shape {k_shape} do not pair; what works:\n{_PAIRINGS}{hint}"
-        )
-    x = tuple(x_shape[axis] for axis in image_axes(layout, len(x_shape)))
-    x = (1,) * (4 - len(x)) + x
-    if len(k_shape) == 2:
-        return x, (1, 1, *k_shape)
-    k = tuple(k_shape[axis] for axis in kernel_axes(kernel_layout, len(k_shape)))
-    return x, (k if len(k) == 4 else (k[0], 1, *k[1:]))
-
-
-def _check_channels(
-    call: str,
-    x_shape: tuple[int, ...],
-    k_shape: tuple[int, ...],
-    C: int,
-    O: int,
-    I: int,
-    groups: int,
-    kernel_layout: str,
-) -> None:
-    for name, channels in (("x's channels", C), ("k's output channels", O)):
-        if channels % groups:
-            raise ValueError(
-                f"{call}: groups must divide {name}; got groups={groups} and {channels} channels "
-                f"(x {x_shape}, k {k_shape})"
-            )
-    if I * groups != C:
-        axis = kernel_axes(kernel_layout, 4)[1]
-        raise ValueError(
-            f"{call}: k has {I} input channels per group (shape {k_shape}) but x has {C} channels (shape {x_shape}) "
-            f"and groups={groups}; k.shape[{axis}] must be x's channels // groups = {C // groups}"
         )

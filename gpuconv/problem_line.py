@@ -3,7 +3,9 @@
     n8c3h224w224_o64kh7kw7_s2p3_f32
 
 Sizes of x and of the kernel; stride, dilation, padding and groups; then, where they are not the default, padding mode
-and value, ``flip``, layouts, ``bias``, activation, zero points and precision; last the dtypes, ``x*k-result``.
+and value, ``flip``, layouts, ``bias``, activation, zero points and precision; ``dgrad`` and ``wgrad`` for the input
+and the weight gradient, ``conj`` where they conjugate, ``unfold`` and ``fold``; last the dtypes of the first operand,
+the second and the result, ``x*k-y``.
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ from typing import Any
 
 from gpuconv import dtypes, geometry
 from gpuconv.geometry import Pads, Pair
-from gpuconv.problem import KERNEL_LAYOUTS, LAYOUTS, NO_PADS, PRECISIONS, Conv2dProblem, kernel_axes
+from gpuconv.layouts import KERNEL_LAYOUTS, LAYOUTS, kernel_axes
+from gpuconv.problem import NO_PADS, PRECISIONS, Conv2dProblem
+
+_OPS = {"dgrad": "input_grad", "wgrad": "weight_grad", "unfold": "unfold", "fold": "fold"}
+_OP_WORDS = {op: word for word, op in _OPS.items()}
 
 
 def text(p: Conv2dProblem) -> str:
@@ -37,10 +43,12 @@ def text(p: Conv2dProblem) -> str:
     parts.append(f"xz{p.x_zero_point}" if p.x_zero_point else "")
     parts.append("kz" if p.k_zero_point else "")
     parts.append(p.precision if p.precision != "highest" else "")
+    parts.append(_OP_WORDS.get(p.op, ""))
+    parts.append("conj" if p.conjugate else "")
     types = dtypes.CODES[p.x_dtype]
     types += f"*{dtypes.CODES[p.k_dtype]}" if p.k_dtype != p.x_dtype else ""
     default = dtypes.promoted(p.x_dtype, p.k_dtype)
-    types += f"-{dtypes.CODES[p.y_dtype]}" if p.y_dtype != default else ""
+    types += f"-{dtypes.CODES[p.y_dtype]}" if p.y_dtype != default and p.op != "unfold" else ""
     parts.append(types)
     return "_".join(part for part in parts if part)
 
@@ -61,7 +69,7 @@ _KERNEL = re.compile(f"o({_D})kh({_D})kw({_D})")
 _PAIR = f"{_D}(?:x{_D})?"
 _STEPS = re.compile(
     f"(?:s(?P<stride>{_PAIR}))?(?:d(?P<dilation>{_PAIR}))?"
-    rf"(?:p(?P<padding>{_D}\.{_D}x{_D}\.{_D}|{_PAIR}))?(?:g(?P<groups>{_D}))?"
+    rf"(?:p(?P<padding>{_D}\.-?{_D}x{_D}\.-?{_D}|{_PAIR}))?(?:g(?P<groups>{_D}))?"
 )
 _CODE = "|".join(sorted(map(re.escape, dtypes.NAMES), key=len, reverse=True))
 _TYPES = re.compile(rf"(?P<x>{_CODE})(?:\*(?P<k>{_CODE}))?(?:-(?P<y>{_CODE}))?")
@@ -70,7 +78,14 @@ _WORDS = (
     | {level: ("precision", level) for level in PRECISIONS}
     | {layout.lower(): ("layout", layout) for layout in LAYOUTS}
     | {layout.lower(): ("kernel_layout", layout) for layout in KERNEL_LAYOUTS}
-    | {"flip": ("flip", True), "bias": ("bias", True), "relu": ("activation", "relu"), "kz": ("k_zero_point", True)}
+    | {word: ("op", op) for word, op in _OPS.items()}
+    | {
+        "conj": ("conjugate", True),
+        "flip": ("flip", True),
+        "bias": ("bias", True),
+        "relu": ("activation", "relu"),
+        "kz": ("k_zero_point", True),
+    }
 )
 
 
@@ -101,6 +116,18 @@ def parse(line: str, call: str) -> Conv2dProblem:
         raise refuse("groups must be at least 1")
     x = (N, C, H, W) if options.get("layout", "NCHW") == "NCHW" else (N, H, W, C)
     given = dict(zip(kernel_axes(options.get("kernel_layout", "OIHW"), 4), (O, C // groups, KH, KW), strict=True))
+    op = options.get("op", "forward")
+    if options.get("conjugate") and op not in ("input_grad", "weight_grad"):
+        raise refuse("'conj' is for gradients")
+    if op in ("unfold", "fold") and (groups, O) != (C, C * KH * KW):
+        raise refuse(f"{op!r} of {C} channels has g{C} and o{C * KH * KW}")
+    if op != "forward":
+        forward_only = {"padding_mode", "padding_value", "x_zero_point", "k_zero_point"}
+        forward_only |= {"bias", "activation"} if op != "input_grad" else set()
+        if refused := options.keys() & forward_only:
+            raise refuse(f"{op!r} has no {', '.join(sorted(refused))}")
+    # The end of an input gradient's axis may be a crop: its size, not the padding, is what the caller gave.
+    options["least_padding"] = 1 - geometry.STEP_LIMIT if op == "input_grad" else 0
     return Conv2dProblem.of(x, tuple(given[axis] for axis in range(4)), call=call, **options)
 
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 import gpuconv
 from gpuconv import Conv2dProblem, conv2d, dispatch, dtypes, explain
 
-GPU_NAMES = tuple(name for name in dispatch.TABLE if dispatch.DEVICES[dispatch.library_of(name)] == "cuda")
-CPU_NAMES = tuple(name for name in dispatch.TABLE if name not in GPU_NAMES)
+GPU_NAMES = tuple(name for name in dispatch.serving("forward") if dispatch.DEVICES[dispatch.library_of(name)] == "cuda")
+CPU_NAMES = tuple(name for name in dispatch.serving("forward") if name not in GPU_NAMES)
 # What NumPy's own casting and indexing loops buffer: 8,192 elements for each of two or three operands.
 LOOP_BUFFERS = 192 * 1024
 
@@ -145,10 +145,15 @@ def test_explain_from_shapes_arrays_and_a_line_agree():
     assert report.bytes == 4 * (8 * 3 * 224 * 224 + 64 * 3 * 49 + 8 * 64 * 112 * 112)
     assert report.accumulation == "float32" and 0 < report.workspace <= 256 * 2**20
     assert [verdict.name for verdict in report.table if verdict.chosen] == [report.implementation]
-    assert {verdict.name for verdict in report.table} == set(dispatch.TABLE)
+    assert {verdict.name for verdict in report.table} == set(dispatch.serving("forward"))
     assert all(verdict.reasons for verdict in report.table)
     text = str(report)
-    for piece in ("n8c3h224w224_o64kh7kw7_s2p3_f32", report.implementation, "1.888 GFLOP", *dispatch.TABLE):
+    for piece in (
+        "n8c3h224w224_o64kh7kw7_s2p3_f32",
+        report.implementation,
+        "1.888 GFLOP",
+        *dispatch.serving("forward"),
+    ):
         assert piece in text
 
 
@@ -190,7 +195,7 @@ def test_explain_lists_what_a_gpu_would_take():
 
 
 def test_explain_computes_nothing(monkeypatch):
-    for name in dispatch.TABLE:
+    for name in dispatch.serving("forward"):
         monkeypatch.setattr(dispatch.implementation(name), "run", None)
     huge = np.broadcast_to(np.float32(1), (64, 256, 4096, 4096))
     arguments = (huge, np.broadcast_to(np.float32(1), (512, 256, 3, 3)), np.zeros(512))

@@ -37,7 +37,7 @@ if SIMULATED:
     # Kernels run as Python there: NumPy warns where a GPU's numbers wrap or become NaN without a word.
     pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in scalar:RuntimeWarning")
 
-every_implementation = pytest.mark.parametrize("name", dispatch.TABLE)
+every_implementation = pytest.mark.parametrize("name", dispatch.serving("forward"))
 
 
 def skip_unless_usable(name: str) -> None:
@@ -104,7 +104,7 @@ def is_quick(name: str, case: Case, dtype: str) -> bool:
 
 def agreements() -> list[Any]:
     params = []
-    for name, case, dtype in itertools.product(dispatch.TABLE, CASES, DTYPES):
+    for name, case, dtype in itertools.product(dispatch.serving("forward"), CASES, DTYPES):
         if case.accepts(dtype):
             marks = () if is_quick(name, case, dtype) else pytest.mark.full
             params.append(pytest.param(name, case, dtype, id=f"{name}-{case.name}-{dtype}", marks=marks))

@@ -79,10 +79,10 @@ def direct_library(tile: direct.Tile, x: str, k: str, y: str, zero_points: bool)
     sums = "float32" if y in ("float16", "bfloat16") else y
     i64, number = types.int64, convert.numba_type(sums)
     signature = types.void(
-        *(vector(x), *[i64] * 5),
-        *(vector(k), *[i64] * 5),
+        *(vector(x), *[i64] * 6),
+        *(vector(k), *[i64] * 6),
         *(vector(sums), types.boolean, types.boolean),
-        *(vector(y), *[i64] * 5),
+        *(vector(y), *[i64] * 6),
         *(vector("int64"), i64, i64),
         *(vector("int64"), i64, i64),
         *[i64] * 8,

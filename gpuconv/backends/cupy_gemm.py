@@ -16,12 +16,14 @@ import numpy as np
 
 from gpuconv import dtypes
 from gpuconv.backends import gemm as orchestration
+from gpuconv.backends import gemm_gradients
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.geometry import IndexTable
 from gpuconv.problem import Conv2dProblem
 
 NAME = "cupy.gemm"
 DEVICE = "cuda"
+OPS = frozenset(("forward", "input_grad", "weight_grad"))
 ARRAYS = "cupy"
 
 _REMEDY = 'pip install "gpuconv[cuda13]" (or [cuda12], by the driver)'
@@ -65,9 +67,7 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
             f"no cuBLAS product is exact for sums of {problem.x_dtype} and {problem.k_dtype} beyond 2**53; "
             "numba_cuda.direct serves them"
         )
-    if max(problem.products, problem.O // problem.groups) > orchestration.BLAS_LIMIT:
-        found.append("a matrix dimension of 2**31 or more, which cuBLAS cannot take; numba_cuda.direct serves it")
-    return found
+    return found + orchestration.too_large(problem, "cuBLAS")
 
 
 def columns_and_sums(problem: Conv2dProblem) -> tuple[str, str]:
@@ -87,12 +87,20 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose the chunk."""
     columns, sums = columns_and_sums(problem)
     raw = dtypes.itemsize(problem.x_dtype) if columns != problem.x_dtype else 0
-    return orchestration.plan(NAME, problem, limit, columns, sums, raw)
+    return gemm_gradients.plan(NAME, problem, limit, columns, sums, raw)
+
+
+pack_key = orchestration.pack_key
+
+
+def pack(plan: Plan, operands: Operands) -> Any:
+    """The kernel as the matrices that cuBLAS takes."""
+    return orchestration.pack(sys.modules[__name__], plan, operands)
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
-    """Write the convolution of CuPy operands into ``out``, on the current stream."""
-    orchestration.run(sys.modules[__name__], plan, operands, out)
+    """Write the result of CuPy operands into ``out``, on the current stream."""
+    gemm_gradients.run(sys.modules[__name__], plan, operands, out)
 
 
 # One thread per element of x's windows' first tap, looping over the taps: the divisions that find its place are paid

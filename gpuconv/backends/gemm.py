@@ -47,7 +47,15 @@ def is_pointwise(problem: Conv2dProblem) -> bool:
     return (problem.KH, problem.KW, problem.stride, problem.padding) == (1, 1, (1, 1), NO_PADS)
 
 
-def plan(
+def too_large(problem: Conv2dProblem, blas: str) -> list[str]:
+    """Why ``blas`` cannot take the matrices of ``problem``, whatever the chunk."""
+    inner = problem.O if problem.op == "input_grad" else problem.C
+    if max(inner // problem.groups * problem.KH * problem.KW, problem.result_channels // problem.groups) > BLAS_LIMIT:
+        return [f"a matrix dimension of 2**31 or more, which {blas} cannot take"]
+    return []
+
+
+def plan_forward(
     name: str,
     problem: Conv2dProblem,
     limit: int,
@@ -85,25 +93,19 @@ def _chunk(block: tuple[int, ...]) -> str:
     return f"{n} image(s) × {g} group(s) × {rows}×{columns} pixels"
 
 
-def run(library: Library, plan: Plan, operands: Operands, out: Any) -> None:
+def run_forward(library: Library, plan: Plan, operands: Operands, out: Any) -> None:
     """Write the convolution of the library's own arrays into ``out``."""
     problem, xp = plan.problem, library.xp
     groups = problem.groups
-    # With few channels per group, runs of them are too short to be worth keeping together.
-    channels_last = problem.layout == "NHWC" and problem.C // groups >= 8
+    channels_last = _channels_last(problem)
     sums_dtype = dtypes.numpy_dtype(plan.sums_in)
-    matrix = _weights(library, plan, operands, channels_last)
-    # Splitting an axis is a view for any strides.
-    x = operands.x.reshape((problem.N, groups, problem.C // groups, problem.H, problem.W))
-    y = out.reshape((problem.N, groups, problem.O // groups, problem.OH, problem.OW))
-    bias = None
-    if operands.bias is not None:
-        wanted = "int64" if dtypes.is_integer(problem.y_dtype) else plan.sums_in
-        bias = operands.bias.astype(dtypes.numpy_dtype(wanted)).reshape((groups, -1, 1, 1))
+    matrix = pack(library, plan, operands) if operands.packed is None else operands.packed
+    x = operands.x
+    bias = grouped_bias(plan, operands)
     tables = None if plan.config["pointwise"] else problem.tables()
     in_place = plan.sums_in == problem.y_dtype
     for n, g, i, j in schedule.blocks((problem.N, groups, problem.OH, problem.OW), plan.config["block"]):
-        target = y[n, g, :, i, j]
+        target = out[n, g, :, i, j]
         b = _matrices(x[n, g, :, i, j]) if plan.config["pointwise"] and x.dtype.isnative else None
         c = _matrices(target) if in_place else None
         if b is None:
@@ -123,14 +125,34 @@ def run(library: Library, plan: Plan, operands: Operands, out: Any) -> None:
             library.epilogue(problem, sums, None if bias is None else bias[g], target)
 
 
-def _weights(library: Library, plan: Plan, operands: Operands, channels_last: bool) -> Any:
+def _channels_last(problem: Conv2dProblem) -> bool:
+    """Whether columns keep the channels together; with few of them, their runs are too short to be worth it."""
+    return problem.layout == "NHWC" and problem.C // problem.groups >= 8
+
+
+def grouped_bias(plan: Plan, operands: Operands) -> Any | None:
+    """The bias as (groups, channels, 1, 1), in the dtype of the sums."""
+    if operands.bias is None:
+        return None
+    wanted = "int64" if dtypes.is_integer(plan.problem.y_dtype) else plan.sums_in
+    return operands.bias.astype(dtypes.numpy_dtype(wanted)).reshape((plan.problem.groups, -1, 1, 1))
+
+
+def pack_key(plan: Plan) -> Any:
+    """What the packed kernel depends on besides the kernel."""
+    return plan.config["columns_in"], _channels_last(plan.problem)
+
+
+def pack(library: Library, plan: Plan, operands: Operands) -> Any:
     """The kernel as matrices (g, O, K), K in the order of the columns, minus its zero point."""
     problem = plan.problem
-    k = operands.k.transpose(0, 2, 3, 1) if channels_last else operands.k
+    k = operands.k.transpose(0, 1, 3, 4, 2) if _channels_last(problem) else operands.k
     matrix = k.reshape((problem.groups, problem.O // problem.groups, problem.products))
     matrix = matrix.astype(dtypes.numpy_dtype(plan.config["columns_in"]), copy=False)
     if operands.k_zero_point is not None:
         matrix = matrix - operands.k_zero_point.astype(matrix.dtype).reshape((problem.groups, -1, 1))
+    if problem.conjugate:
+        matrix = matrix.conj()
     return matrix if has_blas_layout(matrix) else library.xp.ascontiguousarray(matrix)
 
 

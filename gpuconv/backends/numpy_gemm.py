@@ -9,12 +9,13 @@ import numpy as np
 
 from gpuconv import dtypes
 from gpuconv.backends import gemm as orchestration
-from gpuconv.backends import tables
+from gpuconv.backends import gemm_gradients, tables
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
 NAME = "numpy.gemm"
 DEVICE = "cpu"
+OPS = frozenset(("forward", "input_grad", "weight_grad"))
 ARRAYS = "numpy"
 
 xp = np
@@ -28,9 +29,7 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     """BLAS multiplies floating point only; 64-bit integers would take loops slower than the reference."""
     if _columns_in(problem) == "int64":
         return [f"no matrix product is exact for sums of {problem.x_dtype} beyond 2**53; numpy.reference serves them"]
-    if max(problem.products, problem.O // problem.groups) > orchestration.BLAS_LIMIT:
-        return ["a matrix dimension of 2**31 or more, which BLAS cannot take"]
-    return []
+    return orchestration.too_large(problem, "BLAS")
 
 
 def _columns_in(problem: Conv2dProblem) -> str:
@@ -43,13 +42,21 @@ def _columns_in(problem: Conv2dProblem) -> str:
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose the chunk."""
     dtype = _columns_in(problem)
-    return orchestration.plan(NAME, problem, limit, dtype, dtype, patch=problem.padding_mode != "constant")
+    return gemm_gradients.plan(NAME, problem, limit, dtype, dtype, patch=problem.padding_mode != "constant")
+
+
+pack_key = orchestration.pack_key
+
+
+def pack(plan: Plan, operands: Operands) -> Any:
+    """The kernel as the matrices that BLAS takes."""
+    return orchestration.pack(sys.modules[__name__], plan, operands)
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
-    """Write the convolution of NumPy operands into ``out``."""
+    """Write the result of NumPy operands into ``out``."""
     with np.errstate(all="ignore"):  # infinities and NaN are results here, not accidents
-        orchestration.run(sys.modules[__name__], plan, operands, out)
+        gemm_gradients.run(sys.modules[__name__], plan, operands, out)
 
 
 def im2col(problem: Conv2dProblem, index_tables: orchestration.Tables, x: Any, i: slice, j: slice, out: Any) -> None:

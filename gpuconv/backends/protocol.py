@@ -2,8 +2,12 @@
 
 ``NAME`` is ``library.algorithm``. ``unavailable()`` answers once for the machine, ``unsupported()`` for one problem;
 both answer with sentences, so that a refusal says what would help. ``plan()`` decides everything that can be decided
-without data, ``run()`` does it. Operands arrive in one form whatever the caller's layout: x as N C H W, the kernel as
-O I KH KW already flipped, the result as N O OH OW, all as strided views.
+without data, ``run()`` does it, and ``pack()`` what it does with a kernel alone, for who keeps one.
+
+Operands and result arrive as strided views in one form, whatever the caller's layout, with the groups as an axis:
+
+    x and its gradient (N, G, C/G, H, W)    kernel and its gradient (G, O/G, I, KH, KW), flipped where asked
+    y and its gradient (N, G, O/G, OH, OW)  unfolded windows (N, G = C, KH·KW, OH, OW)
 """
 
 from __future__ import annotations
@@ -40,10 +44,11 @@ class Plan:
 class Operands:
     """The arrays of one call, as strided views in the implementation's library."""
 
-    x: Any
-    k: Any
-    bias: Any | None = None
+    x: Any  # the first operand of the problem's op
+    k: Any = None  # the second
+    bias: Any | None = None  # (channels of the result,)
     k_zero_point: Any | None = None  # one integer per output channel
+    packed: Any | None = None  # what pack() made of k
     ordinal: int | None = None  # the GPU to run on
     stream: int | None = None  # CUDA stream address; None is the current one
 
@@ -60,6 +65,10 @@ class Implementation(Protocol):
         """``"cpu"`` or ``"cuda"``."""
 
     @property
+    def OPS(self) -> frozenset[str]:
+        """The ops of ``problem.OPS`` that it serves."""
+
+    @property
     def ARRAYS(self) -> str:
         """The arrays that ``run`` takes: ``"numpy"``, ``"cupy"`` or ``"any"``."""
 
@@ -72,5 +81,11 @@ class Implementation(Protocol):
     def plan(self, problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         """Chunks and configuration within ``limit`` bytes of scratch, or a MemoryError with the bytes needed."""
 
+    def pack(self, plan: Plan, operands: Operands) -> Any:
+        """The kernel of a forward convolution as ``run`` wants it, for any plan of equal ``pack_key``."""
+
+    def pack_key(self, plan: Plan) -> Any:
+        """What ``pack`` depends on besides the kernel."""
+
     def run(self, plan: Plan, operands: Operands, out: Any) -> None:
-        """Write the result into ``out``, a view of shape (N, O, OH, OW)."""
+        """Write the result into ``out``."""

@@ -6,20 +6,23 @@ The kernel is in ``direct_kernel``; here are its tile shapes, the choice among t
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from gpuconv import dtypes
+from gpuconv.backends import phases
 from gpuconv.backends.numba_cuda import launch
+from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.backends.protocol import Operands, Plan, Target
-from gpuconv.problem import Conv2dProblem
+from gpuconv.problem import NO_PADS, Conv2dProblem
 
 NAME = "numba_cuda.direct"
 DEVICE = "cuda"
 ARRAYS = "any"
+OPS = frozenset(("forward", "input_grad", "weight_grad"))
 
 unavailable = launch.unavailable
 
@@ -84,39 +87,89 @@ def choose_tile(problem: Conv2dProblem) -> Tile:
 
 
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
-    """Choose the tile; the only scratch are the index tables, and the bias and zero points as the kernel reads them."""
-    tile = choose_tile(problem)
-    bias = problem.O * dtypes.itemsize(problem.sum_dtype)
-    scratch = problem.table_bytes() + 2 * bias
+    """Choose the tiles; the only scratch are index tables, and the bias and zero points as the kernel reads them."""
+    lowered = parts(problem)
+    tiles = tuple(choose_tile(part.problem) for part in lowered)
+    scratch = sum(part.problem.table_bytes() for part in lowered)
+    scratch += 2 * problem.result_channels * dtypes.itemsize(problem.sum_dtype)
     if scratch > limit:
         raise MemoryError(f"{NAME} on {problem} needs {scratch} bytes of scratch and workspace_limit is {limit}")
-    return Plan(problem, scratch, problem.sum_dtype, f"tile {tile}", {"tile": tile})
+    detail = f"tile {tiles[0]}" + (f", {len(tiles)} launches" if len(tiles) > 1 else "")
+    return Plan(problem, scratch, problem.sum_dtype, detail, {"parts": lowered, "tiles": tiles})
+
+
+@dataclass(frozen=True)
+class Part:
+    """One launch: a forward convolution, and how its operands are views of the problem's."""
+
+    problem: Conv2dProblem
+    conjugate: str | None = None  # "x" or "k", as the kernel calls them
+    phase: phases.Phase | None = None  # of an input gradient
+
+
+def parts(problem: Conv2dProblem) -> tuple[Part, ...]:
+    """The launches that ``problem`` takes.
+
+    A weight gradient is one forward convolution in which images and channels have changed places: the channels of x
+    are its images, the images of x its channels, dy its kernel, and stride and dilation each other:
+
+        dk[o,c,p,q] = Σ_nij x[n,c, p·d + i·s - pad, q·d + j·s - pad] · dy[n,o,i,j]
+    """
+    if problem.op == "forward":
+        return (Part(problem),)
+    if problem.op == "weight_grad":
+        pads = tuple(
+            (low, (k - 1) * d + (outputs - 1) * s + 1 - n - low)
+            for (low, _), n, k, outputs, s, d in zip(
+                problem.padding, (problem.H, problem.W), (problem.KH, problem.KW), (problem.OH, problem.OW),
+                problem.stride, problem.dilation, strict=True,
+            )
+        )  # fmt: skip
+        swapped = replace(
+            problem, op="forward", N=problem.C // problem.groups, C=problem.N * problem.groups, KH=problem.OH,
+            KW=problem.OW, stride=problem.dilation, dilation=problem.stride, padding=(pads[0], pads[1]),
+        )  # fmt: skip
+        return (Part(swapped, "x" if problem.conjugate else None),)
+    found = phases.phases(problem)
+    launches = tuple(Part(phase.problem, "k" if problem.conjugate else None, phase) for phase in found)
+    if phases.complete(problem, found):
+        return launches
+    # First the bias everywhere, as a convolution of no channels: some elements are in no phase.
+    bias = replace(problem, op="forward", C=0, O=problem.C, KH=1, KW=1, stride=(1, 1), padding=NO_PADS, dilation=(1, 1))
+    return (Part(bias), *launches)
 
 
 @lru_cache(maxsize=64)
-def kernel(tile: Tile, x_dtype: str, k_dtype: str, y_dtype: str, zero_points: bool) -> Any:
+def kernel(
+    tile: Tile, x_dtype: str, k_dtype: str, y_dtype: str, zero_points: bool, conjugate: str | None = None
+) -> Any:
     """The compiled-on-demand kernel of one specialisation."""
     from numba import cuda
 
     from gpuconv.backends.numba_cuda import direct_kernel
 
-    return cuda.jit(direct_kernel.build(tile, x_dtype, k_dtype, y_dtype, zero_points))
+    return cuda.jit(direct_kernel.build(tile, x_dtype, k_dtype, y_dtype, zero_points, conjugate))
+
+
+def pack_key(plan: Plan) -> None:
+    """Nothing: the kernel is read as it is."""
+
+
+def pack(plan: Plan, operands: Operands) -> Any:
+    """The kernel in device memory."""
+    with launch.on_gpu(operands.ordinal):
+        stream = launch.stream(operands.stream, operands.x)
+        flat = launch.flat(operands.k, stream)
+        if stream:
+            stream.synchronize()  # other streams will read it
+        return flat
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
     """Launch the kernel on NumPy operands (uploaded and downloaded here) or on CuPy ones, on the given stream."""
-    problem: Conv2dProblem = plan.problem
-    tile: Tile = plan.config["tile"]
+    problem = plan.problem
     sum_dtype = dtypes.numpy_dtype(problem.sum_dtype)
-    zero_points = bool(problem.x_zero_point) or problem.k_zero_point
-    function = kernel(tile, problem.x_dtype, problem.k_dtype, problem.y_dtype, zero_points)
-
-    rows, columns = problem.tables()
     like = operands.x
-    tiles = -(-(problem.N * problem.OH * problem.OW) // tile.pixels)
-    tiles *= -(-(problem.O // problem.groups) // tile.outputs) * problem.groups
-    # A padded pixel that equals the zero point contributes nothing.
-    padding = 0 if zero_points else problem.fill
     with ExitStack() as stack:
         stack.enter_context(launch.on_gpu(operands.ordinal))
         stream = launch.stream(operands.stream, like)
@@ -125,30 +178,66 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
         def vector(values: Any, dtype: Any, size: int = 1) -> Any:
             return launch.vector(like, values, dtype, size, stream)
 
-        # Held until the stack unwinds: what was uploaded must outlive the kernel.
-        arguments = (
-            *launch.flat(operands.x, stream).arguments(),
-            *launch.flat(operands.k, stream).arguments(),
-            vector(operands.bias, sum_dtype),
-            operands.bias is not None,
-            problem.activation == "relu",
-            *y.arguments(),
-            vector(rows.index, np.dtype(np.int64)),
-            rows.outer,
-            rows.inner,
-            vector(columns.index, np.dtype(np.int64)),
-            columns.outer,
-            columns.inner,
-            problem.N,
-            problem.C // problem.groups,
-            problem.O // problem.groups,
-            problem.KH,
-            problem.KW,
-            problem.OH,
-            problem.OW,
-            problem.groups,
-            sum_dtype.type(padding),
-            sum_dtype.type(problem.x_zero_point),
-            vector(operands.k_zero_point, sum_dtype, problem.O),
-        )
-        function[min(tiles, launch.MAX_GRID_X), tile.threads, stream](*arguments)
+        x = launch.flat(operands.x, stream)
+        k = launch.flat(operands.k, stream) if operands.packed is None else operands.packed
+        bias = vector(operands.bias, sum_dtype)
+        zeros = vector(operands.k_zero_point, sum_dtype, problem.O)
+        held = []  # until the stack unwinds: what was uploaded must outlive the kernels
+        for part, tile in zip(plan.config["parts"], plan.config["tiles"], strict=True):
+            tables: list[Any] = []
+            for table in part.problem.tables():
+                tables += [vector(table.index, np.dtype(np.int64)), table.outer, table.inner]
+            held.append(tables)
+            _launch(part, tile, stream, views(problem, part, x, k, y), bias, operands.bias is not None, tables, zeros)
+
+
+def views(problem: Conv2dProblem, part: Part, x: Flat, k: Flat, y: Flat) -> tuple[Flat, Flat, Flat]:
+    """The operands of ``problem`` as the launch ``part`` sees them."""
+    if problem.op == "weight_grad":
+        return x.transpose(2, 1, 0, 3, 4), k.transpose(1, 2, 0, 3, 4), y.transpose(2, 0, 1, 3, 4)
+    if problem.op == "input_grad":
+        k = k.transpose(0, 2, 1, 3, 4)
+    if part.phase is None:
+        return x, k, y
+    rows, columns = part.phase.rows, part.phase.columns
+    return x, k.stepped(rows.taps, columns.taps), y.stepped(rows.outputs, columns.outputs)
+
+
+def _launch(
+    part: Part,
+    tile: Tile,
+    stream: Any,
+    flats: tuple[Flat, Flat, Flat],
+    bias: Any,
+    has_bias: bool,
+    tables: list[Any],
+    zeros: Any,
+) -> None:
+    problem = part.problem
+    x, k, y = flats
+    zero_points = bool(problem.x_zero_point) or problem.k_zero_point
+    sum_dtype = dtypes.numpy_dtype(problem.sum_dtype)
+    function = kernel(tile, problem.x_dtype, problem.k_dtype, problem.y_dtype, zero_points, part.conjugate)
+    tiles = -(-(problem.N * problem.OH * problem.OW) // tile.pixels)
+    tiles *= -(-(problem.O // problem.groups) // tile.outputs) * problem.groups
+    function[min(tiles, launch.MAX_GRID_X), tile.threads, stream](
+        *x.arguments(),
+        *k.arguments(),
+        bias,
+        has_bias,
+        problem.activation == "relu",
+        *y.arguments(),
+        *tables,
+        problem.N,
+        problem.C // problem.groups,
+        problem.O // problem.groups,
+        problem.KH,
+        problem.KW,
+        problem.OH,
+        problem.OW,
+        problem.groups,
+        # A padded pixel that equals the zero point contributes nothing.
+        sum_dtype.type(0 if zero_points else problem.fill),
+        sum_dtype.type(problem.x_zero_point),
+        zeros,
+    )

@@ -12,7 +12,8 @@ One block computes a tile of ``outputs`` × ``pixels`` of one group, ``pixels`` 
 Rows and columns go through the problem's index tables, so stride, dilation and every padding mode cost the same and
 no padded copy exists. Element offsets are 64-bit. Tiles ride grid.x, the only axis that holds 2^31 - 1 blocks, and a
 block takes another tile when there are more. Numbers are converted to the type they are summed in as they are loaded;
-a 16-bit result is rounded once, at the end.
+a 16-bit result is rounded once, at the end. The gradients run through the same kernel, their operands seen through
+other strides and tables: see ``direct.parts``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from gpuconv.backends.numba_cuda import convert
 from gpuconv.backends.numba_cuda.direct import Tile
 
 
-def build(tile: Tile, x_dtype: str, k_dtype: str, y_dtype: str, zero_points: bool) -> Any:
-    """The kernel as a Python function, its tile and types frozen in."""
+def build(tile: Tile, x_dtype: str, k_dtype: str, y_dtype: str, zero_points: bool, conjugate: str | None = None) -> Any:
+    """The kernel as a Python function, its tile and types frozen in; ``conjugate`` is None, ``"x"`` or ``"k"``."""
     sum_dtype = "float32" if y_dtype in ("float16", "bfloat16") else y_dtype
     ACCUMULATOR = convert.numba_type(sum_dtype)
     NUMBER = dtypes.numpy_dtype(sum_dtype).type
@@ -36,6 +37,7 @@ def build(tile: Tile, x_dtype: str, k_dtype: str, y_dtype: str, zero_points: boo
     load_x, load_k = convert.loader(x_dtype, sum_dtype), convert.loader(k_dtype, sum_dtype)
     store = convert.storer(y_dtype)
     ZERO_POINTS, ORDERED = zero_points, not dtypes.is_complex(y_dtype)
+    CONJUGATE_X, CONJUGATE_K = conjugate == "x", conjugate == "k"
 
     ROWS, COLUMNS, DEPTH = tile.rows, tile.columns, tile.depth
     OUTPUTS, PIXELS, THREADS, THREADS_P = tile.outputs, tile.pixels, tile.threads, tile.threads_p
@@ -50,10 +52,10 @@ def build(tile: Tile, x_dtype: str, k_dtype: str, y_dtype: str, zero_points: boo
     K_LOADS = -(-OUTPUTS // K_STEP)
 
     def direct(  # type: ignore[no-untyped-def]  # Numba infers the types
-        x, x0, xN, xC, xH, xW,  # the elements of x, the offset of its first, its strides
-        k, k0, kO, kC, kH, kW,
+        x, x0, xN, xG, xC, xH, xW,  # the elements of x, the offset of its first, its strides
+        k, k0, kG, kO, kC, kH, kW,
         bias, has_bias, relu,
-        y, y0, yN, yO, yH, yW,
+        y, y0, yN, yG, yO, yH, yW,
         row_table, row_outer, row_inner, column_table, column_outer, column_inner,
         N, C, O, KH, KW, OH, OW, groups,  # C and O per group
         padding, x_zero, k_zero,
@@ -85,7 +87,7 @@ def build(tile: Tile, x_dtype: str, k_dtype: str, y_dtype: str, zero_points: boo
 
             # The pixel this thread loads, clamped: a pixel past the end is loaded and never stored.
             pixel = min(first_p + t % PIXELS, pixels - 1)
-            x_base = x0 + pixel // (OH * OW) * xN + group * C * xC
+            x_base = x0 + pixel // (OH * OW) * xN + group * xG
             row_base = pixel // OW % OH * row_outer
             column_base = pixel % OW * column_outer
             xc, xp, xq = x_start // (KH * KW), x_start // KW % KH, x_start % KW
@@ -107,6 +109,8 @@ def build(tile: Tile, x_dtype: str, k_dtype: str, y_dtype: str, zero_points: boo
                         column = column_table[column_base + xq * column_inner]
                         if row >= 0 and column >= 0:
                             value = NUMBER(load_x(x[x_base + xc * xC + row * xH + column * xW]))
+                            if CONJUGATE_X:
+                                value = value.conjugate()
                             if ZERO_POINTS:
                                 value -= x_zero
                         else:
@@ -124,10 +128,12 @@ def build(tile: Tile, x_dtype: str, k_dtype: str, y_dtype: str, zero_points: boo
                     if o < OUTPUTS:
                         value = ZERO
                         if kc < C and first_o + o < O:
-                            channel = group * O + first_o + o
-                            value = NUMBER(load_k(k[k0 + channel * kO + kc * kC + kp * kH + kq * kW]))
+                            at_k = k0 + group * kG + (first_o + o) * kO + kc * kC + kp * kH + kq * kW
+                            value = NUMBER(load_k(k[at_k]))
+                            if CONJUGATE_K:
+                                value = value.conjugate()
                             if ZERO_POINTS:
-                                value -= k_zero[channel]
+                                value -= k_zero[group * O + first_o + o]
                         weights[t % DEPTH * PITCH + o] = value
                 kq += kq_step
                 carry = kq >= KW
@@ -149,7 +155,7 @@ def build(tile: Tile, x_dtype: str, k_dtype: str, y_dtype: str, zero_points: boo
             for b in range(COLUMNS):
                 pixel = first_p + thread_p + b * THREADS_P
                 if pixel < pixels:
-                    at = y0 + pixel // (OH * OW) * yN + pixel // OW % OH * yH + pixel % OW * yW
+                    at = y0 + group * yG + pixel // (OH * OW) * yN + pixel // OW % OH * yH + pixel % OW * yW
                     for a in range(ROWS):
                         o = first_o + thread_o * ROWS + a
                         total = sums[a * COLUMNS + b]
@@ -157,7 +163,7 @@ def build(tile: Tile, x_dtype: str, k_dtype: str, y_dtype: str, zero_points: boo
                             if relu and total < ZERO:  # false for NaN, which passes through
                                 total = ZERO
                         if o < O:
-                            y[at + (group * O + o) * yO] = store(total)
+                            y[at + o * yO] = store(total)
             tile += np.int64(cuda.gridDim.x)
 
     return direct

@@ -54,6 +54,18 @@ class Flat:
     offset: int
     strides: tuple[int, ...]  # in elements
 
+    def transpose(self, *axes: int) -> Flat:
+        """The same elements, axes in another order."""
+        return Flat(self.vector, self.offset, tuple(self.strides[axis] for axis in axes))
+
+    def stepped(self, *slices: slice) -> Flat:
+        """The last axes from each slice's start in its steps."""
+        offset, strides = self.offset, list(self.strides)
+        for axis, part in zip(range(-len(slices), 0), slices, strict=True):
+            offset += part.start * strides[axis]
+            strides[axis] *= part.step
+        return Flat(self.vector, offset, tuple(strides))
+
     def arguments(self) -> tuple[Any, ...]:
         """The kernel arguments of this operand."""
         return (self.vector, self.offset, *self.strides)

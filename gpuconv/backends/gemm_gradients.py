@@ -1,0 +1,126 @@
+"""im2col + GEMM for the gradients, written once over an array namespace; ``plan`` and ``run`` serve every op.
+
+The input gradient is cut into forward convolutions by ``phases``. The gradient of the kernel is a product of its own:
+
+    columns[c·KH·KW + p·KW + q, n·OH·OW + i·OW + j] = x[n,c, row(i,p), column(j,q)]
+    dK (O × C·KH·KW) = dY (O × N·OH·OW) @ columnsᵀ
+
+The columns are those of the forward convolution, with the images of a chunk side by side, so that one product sums over
+images and pixels together; products of chunks are added up in the type of the sums, and rounded once at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpuconv import dtypes, schedule
+from gpuconv.backends import phases
+from gpuconv.backends.gemm import BLAS_LIMIT, Library, plan_forward, run_forward
+from gpuconv.backends.protocol import Operands, Plan
+from gpuconv.problem import Conv2dProblem
+
+
+def plan(
+    name: str,
+    problem: Conv2dProblem,
+    limit: int,
+    columns_in: str,
+    sums_in: str,
+    raw_bytes: int = 0,
+    patch: bool = False,
+) -> Plan:
+    """Choose the chunks; ``raw_bytes`` per column element, and a padded patch, are what im2col needs."""
+    if problem.op == "input_grad":
+        return phases.plan(lambda part: plan_forward(name, part, limit, columns_in, sums_in, raw_bytes, patch), problem)
+    choose = plan_weight_grad if problem.op == "weight_grad" else plan_forward
+    return choose(name, problem, limit, columns_in, sums_in, raw_bytes, patch)
+
+
+def run(library: Library, plan: Plan, operands: Operands, out: Any) -> None:
+    """Write the result of the library's own arrays into ``out``."""
+    if plan.problem.op == "input_grad":
+        phases.run(lambda *part: run_forward(library, *part), plan, operands, out)
+    elif plan.problem.op == "weight_grad":
+        run_weight_grad(library, plan, operands, out)
+    else:
+        run_forward(library, plan, operands, out)
+
+
+def plan_weight_grad(
+    name: str,
+    problem: Conv2dProblem,
+    limit: int,
+    columns_in: str,
+    sums_in: str,
+    raw_bytes: int = 0,
+    patch: bool = False,
+) -> Plan:
+    """Choose the chunk; ``raw_bytes`` per column element, and a padded patch, are what im2col needs."""
+    C, O = problem.C // problem.groups, problem.O // problem.groups
+    K = C * problem.KH * problem.KW
+    element = dtypes.itemsize(columns_in)
+
+    def scratch(n: int, g: int, rows: int, columns: int) -> int:
+        if n * rows * columns > BLAS_LIMIT:
+            return limit + 1
+        # columns, and dy as a matrix
+        chunk = n * g * rows * columns * (K * (element + raw_bytes) + 2 * O * element)
+        spans = problem.table_spans(rows, columns)
+        patches = 2 * n * g * spans[0] * spans[1] * C * dtypes.itemsize(problem.x_dtype) if patch else 0
+        # the running sum and a chunk's product, and integers on their way out
+        sums = g * O * K * (2 * dtypes.itemsize(sums_in) + (8 if dtypes.is_integer(problem.y_dtype) else 0))
+        return chunk + patches + sums + problem.table_bytes()
+
+    extents = (problem.N, problem.groups, problem.OH, problem.OW)
+    block = schedule.fit(extents, scratch, limit, f"{name} on {problem}")
+    n, g, rows, columns = block
+    detail = f"im2col of {columns_in} in chunks of {n} image(s) × {g} group(s) × {rows}×{columns} pixels, times dy"
+    return Plan(problem, scratch(*block), sums_in, detail, {"block": block, "columns_in": columns_in})
+
+
+def run_weight_grad(library: Library, plan: Plan, operands: Operands, out: Any) -> None:
+    """Write the weight gradient of the library's own arrays into ``out``, (G, O/G, I, KH, KW)."""
+    problem, xp = plan.problem, library.xp
+    x, dy = operands.x, operands.k
+    tables = problem.tables()
+    sums_dtype = dtypes.numpy_dtype(plan.sums_in)
+    K = problem.C // problem.groups * problem.KH * problem.KW
+    images, groups, rows, columns = plan.config["block"]
+    for (g,) in schedule.blocks((problem.groups,), (groups,)):
+        total = xp.empty((1, g.stop - g.start, problem.O // problem.groups, K), sums_dtype)
+        product = None
+        for n, i, j in schedule.blocks((problem.N, problem.OH, problem.OW), (images, rows, columns)):
+            a = _gradients(library, plan, dy[n, g, :, i, j])
+            b = _columns(library, plan, tables, x[n, g], i, j)
+            if product is None:
+                library.gemm(problem, a, b, total)
+                product = total
+            else:
+                product = xp.empty_like(total) if product is total else product
+                library.gemm(problem, a, b, product)
+                total += product
+            del a, b  # before the next chunk's are made
+        target = out[g]
+        sums = total.reshape(target.shape)[None]
+        library.epilogue(problem, sums, None, target[None])
+
+
+def _gradients(library: Library, plan: Plan, dy: Any) -> Any:
+    """dy (n, g, O, rows, columns) as matrices (g, O, pixels of all images)."""
+    n, g, O, rows, columns = dy.shape
+    dense = library.xp.empty((g, O, n, rows, columns), dtypes.numpy_dtype(plan.config["columns_in"]))
+    dense[...] = dy.transpose(1, 2, 0, 3, 4)
+    return dense.reshape((g, O, n * rows * columns))
+
+
+def _columns(library: Library, plan: Plan, tables: Any, x: Any, i: slice, j: slice) -> Any:
+    """The windows of one chunk as matrices (1, g, pixels of all images, K)."""
+    problem = plan.problem
+    n, g, C = x.shape[:3]
+    rows, columns = i.stop - i.start, j.stop - j.start
+    dtype = dtypes.numpy_dtype(plan.config["columns_in"])
+    storage = library.xp.empty((g, C, problem.KH, problem.KW, n, rows, columns), dtype)
+    library.im2col(problem, tables, x, i, j, storage.transpose(4, 0, 1, 2, 3, 5, 6))
+    if problem.conjugate:
+        library.xp.conjugate(storage, out=storage)
+    return storage.reshape((g, C * problem.KH * problem.KW, n * rows * columns)).swapaxes(1, 2)[None]

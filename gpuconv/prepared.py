@@ -1,0 +1,200 @@
+"""``Conv2d``: a convolution prepared once, for many images."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from gpuconv import arrays, dtypes, geometry, request
+from gpuconv.arrays import Operand
+from gpuconv.problem import Conv2dProblem
+
+_PROBLEMS = 64  # input sizes that one Conv2d remembers
+
+_live: weakref.WeakSet[Conv2d] = weakref.WeakSet()
+
+
+class Conv2d:
+    """``conv2d`` with its kernel and options fixed: ``Conv2d(k, …)(x)`` is ``conv2d(x, k, …)``.
+
+    The kernel and the bias are copied when it is made, so later changes to them change nothing. What an implementation
+    makes of them (matrices in its own layout, copies on a GPU) is made at the first call that needs it, and kept.
+
+    Parameters
+    ----------
+    k : array_like
+        The kernel, as for ``conv2d``.
+    bias, stride, padding, dilation, groups, padding_mode, padding_value, flip, layout, kernel_layout, activation, \
+x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
+        As for ``conv2d``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong kind or value; what depends on the image is checked with the image.
+
+    Notes
+    -----
+    One object may be called from several threads at once, with images of any size, dtype and device. It can be
+    pickled. ``gpuconv.clear()`` releases what was packed and uploaded; the next call makes it again.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> blur = Conv2d(np.full((3, 3), 1 / 9), padding="same", padding_mode="edge")
+    >>> blur(np.ones((4, 4))).round(6)
+    array([[1., 1., 1., 1.],
+           [1., 1., 1., 1.],
+           [1., 1., 1., 1.],
+           [1., 1., 1., 1.]])
+    """
+
+    def __init__(
+        self,
+        k: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        *,
+        padding_mode: str = "constant",
+        padding_value: complex = 0,
+        flip: bool = False,
+        layout: str = "NCHW",
+        kernel_layout: str = "OIHW",
+        activation: str | None = None,
+        x_zero_point: Any = 0,
+        k_zero_point: Any = 0,
+        dtype: Any = None,
+        precision: str = "highest",
+        device: str | None = None,
+        backend: str | None = None,
+        workspace_limit: int | None = None,
+    ) -> None:
+        call = "Conv2d"
+        self._kernel = _snapshot(arrays.operand(call, "k", k))
+        self._bias = None if bias is None else _snapshot(request.as_bias(call, bias))
+        self._zero_points = request.as_zero_points(call, k_zero_point).copy()
+        self._options: dict[str, Any] = {
+            "stride": _frozen(stride), "padding": _frozen(padding), "dilation": _frozen(dilation), "groups": groups,
+            "padding_mode": padding_mode, "padding_value": padding_value, "flip": flip, "layout": layout,
+            "kernel_layout": kernel_layout, "activation": activation, "x_zero_point": x_zero_point, "dtype": dtype,
+            "precision": precision,
+        }  # fmt: skip
+        self._where = {"device": device, "backend": backend, "workspace_limit": workspace_limit}
+        request.workspace(call, workspace_limit)
+        request.check_where(call, device, backend)
+        self._line = self._check(call)
+        self._lock = threading.RLock()
+        self._kept: dict[Any, Any] = {}
+        self._problems: OrderedDict[Any, tuple[Conv2dProblem, tuple[int, ...]]] = OrderedDict()
+        _live.add(self)
+
+    def __call__(self, x: Any, out: Any = None, stream: Any = None) -> Any:
+        """Convolve ``x``; ``out`` and ``stream`` as for ``conv2d``."""
+        call = "Conv2d"
+        image = arrays.operand(call, "x", x)
+        problem, shape = self._problem(call, image)
+        points = self._zero_points if problem.k_zero_point else None
+        asked = request.Request(problem, shape, image, self._kernel, self._bias, points)
+        where = self._where
+        return request.compute(
+            call, asked, out, where["device"], where["backend"], where["workspace_limit"], stream, self
+        )
+
+    def __repr__(self) -> str:
+        return f"Conv2d({self._line})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = self._options | self._where | {"k_zero_point": self._zero_points}
+        bias = None if self._bias is None else self._bias.array
+        return _rebuilt, (self._kernel.array, bias, arguments)
+
+    def kept(self, key: Any, make: Callable[[], Any], ordinal: int | None) -> Any:
+        """What ``make`` gave the first time it was asked for under ``key``, on GPU ``ordinal``."""
+        with self._lock:
+            if key not in self._kept:
+                made = make()
+                if ordinal is not None:
+                    arrays.synchronize(ordinal)  # the next call may come on another stream
+                self._kept[key] = made
+            return self._kept[key]
+
+    def _problem(self, call: str, image: Operand) -> tuple[Conv2dProblem, tuple[int, ...]]:
+        """The problem of one image, and the shape of its result."""
+        key = image.shape, image.dtype
+        with self._lock:
+            if key in self._problems:
+                self._problems.move_to_end(key)
+                return self._problems[key]
+        asked = request.of_operands(call, image, self._kernel, self._bias, self._zero_points, **self._options)
+        with self._lock:
+            self._problems[key] = asked.problem, asked.shape
+            while len(self._problems) > _PROBLEMS:
+                self._problems.popitem(last=False)
+        return asked.problem, asked.shape
+
+    def _check(self, call: str) -> str:
+        """Refuse what no image can make valid; the problem line with the sizes of x left open."""
+        options = self._options | {"x_zero_point": 0, "padding_value": 0}
+        kernel = self._kernel
+        groups = geometry.as_integer(call, "groups", options["groups"], 1, 2**63)
+        _, I, rows, columns = request.kernel_shape(call, kernel.shape, options["kernel_layout"])
+        size = [
+            geometry.window(k, d)
+            for k, d in zip((rows, columns), geometry.as_pair(call, "dilation", options["dilation"], 1), strict=True)
+        ]
+        x_shape: tuple[int, ...] = tuple(size)
+        if len(kernel.shape) == 4:
+            x_shape = (1, I * groups, *size) if options["layout"] == "NCHW" else (1, *size, I * groups)
+        # The narrowest image: any other has sums at least as large.
+        x_dtype = "bool" if dtypes.is_integer(kernel.dtype) else kernel.dtype
+        problem = Conv2dProblem.of(
+            x_shape, kernel.shape, call=call, x_dtype=x_dtype, k_dtype=kernel.dtype, bias=self._bias is not None,
+            k_zero_point=bool(self._zero_points.any()), **options,
+        )  # fmt: skip
+        request.check_zero_points(call, self._zero_points, problem)
+        if self._bias is not None:
+            request.check_bias_shape(call, self._bias, problem)
+        shown = replace(
+            problem, x_dtype=kernel.dtype, y_dtype=dtypes.result_dtype(call, kernel.dtype, kernel.dtype, None)
+        )
+        named = isinstance(options["padding"], str) and options["padding"] != "valid"
+        if named:
+            shown = replace(shown, padding=((0, 0), (0, 0)))
+        rest = str(shown).partition("_")[2]
+        return f"n?c{problem.C}h?w?_{rest}" + (f", padding={options['padding']!r}" if named else "")
+
+
+def release() -> None:
+    """Drop what every living Conv2d has packed and uploaded."""
+    for layer in list(_live):
+        with layer._lock:
+            layer._kept.clear()
+
+
+def _rebuilt(kernel: Any, bias: Any, arguments: dict[str, Any]) -> Conv2d:
+    return Conv2d(kernel, bias, **arguments)
+
+
+def _snapshot(operand: Operand) -> Operand:
+    """A contiguous copy, in memory of its own."""
+    with arrays.on_stream(operand.device, operand.stream):
+        copy = operand.array.copy(order="C")
+    if operand.device is not None:
+        arrays.synchronize(operand.device)
+    return replace(operand, array=copy, stream=None)
+
+
+def _frozen(value: Any) -> Any:
+    """``value`` with its lists and arrays as tuples, so that nobody can change them later."""
+    if geometry.is_sequence(value):
+        return tuple(_frozen(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value))
+    return value

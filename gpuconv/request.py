@@ -1,0 +1,287 @@
+"""From a caller's arrays to the caller's result: what every public operator does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Number
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpuconv import arrays, dispatch, dtypes, geometry, layouts, schedule
+from gpuconv.arrays import Array, Operand
+from gpuconv.backends.phases import fill_with_bias
+from gpuconv.backends.protocol import Operands
+from gpuconv.problem import Conv2dProblem, check_choice, check_zero_point
+
+
+@dataclass
+class Request:
+    """A valid call: the problem, its operands as the caller holds them, and the result's shape in the caller's form."""
+
+    problem: Conv2dProblem
+    shape: tuple[int, ...]
+    first: Operand
+    second: Operand | None = None
+    bias: Operand | None = None
+    k_zero_point: np.ndarray[Any, Any] | None = None
+    names: tuple[str, str] = ("x", "k")  # of the operands, as the caller knows them
+    lift: Callable[[Array], Array] | None = None  # the view of a result of this shape that is an image or a kernel
+
+
+def forward(
+    call: str, x: Any, k: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any, padding_mode: Any,
+    padding_value: Any, flip: Any, layout: Any, kernel_layout: Any, activation: Any, x_zero_point: Any,
+    k_zero_point: Any, dtype: Any, precision: Any,
+) -> Request:  # fmt: skip
+    """Check every argument that describes the convolution; nothing is computed or moved."""
+    image, kernel = arrays.operand(call, "x", x), arrays.operand(call, "k", k)
+    offset = None if bias is None else as_bias(call, bias)
+    return of_operands(
+        call, image, kernel, offset, as_zero_points(call, k_zero_point), stride=stride, padding=padding,
+        dilation=dilation, groups=groups, padding_mode=padding_mode, padding_value=padding_value, flip=flip,
+        layout=layout, kernel_layout=kernel_layout, activation=activation, x_zero_point=x_zero_point, dtype=dtype,
+        precision=precision,
+    )  # fmt: skip
+
+
+def of_operands(
+    call: str,
+    image: Operand,
+    kernel: Operand,
+    bias: Operand | None,
+    zero_points: np.ndarray[Any, Any],
+    **options: Any,
+) -> Request:
+    """A forward convolution of operands, with the other arguments of ``Conv2dProblem.of`` as ``options``."""
+    problem = Conv2dProblem.of(
+        image.shape, kernel.shape, call=call, x_dtype=image.dtype, k_dtype=kernel.dtype, bias=bias is not None,
+        k_zero_point=bool(zero_points.any()), **options,
+    )  # fmt: skip
+    check_zero_points(call, zero_points, problem)
+    if bias is not None:
+        check_bias(call, bias, problem)
+    shape = image_shape(problem, problem.y_shape, len(image.shape), len(kernel.shape))
+    return Request(problem, shape, image, kernel, bias, zero_points if problem.k_zero_point else None)
+
+
+def kernel_shape(call: str, shape: tuple[int, ...], kernel_layout: Any) -> tuple[int, ...]:
+    """(O, I, KH, KW) of a kernel alone."""
+    check_choice(call, "kernel_layout", kernel_layout, layouts.KERNEL_LAYOUTS)
+    if len(shape) not in (2, 3, 4):
+        raise ValueError(f"{call}: k must have shape (KH, KW), (O, KH, KW) or (O, C/groups, KH, KW); got {shape}")
+    if len(shape) == 2:
+        return (1, 1, *shape)
+    given = tuple(shape[axis] for axis in layouts.kernel_axes(kernel_layout, len(shape)))
+    return given if len(given) == 4 else (given[0], 1, *given[1:])
+
+
+def image_shape(problem: Conv2dProblem, nchw: tuple[int, ...], x_rank: int, k_rank: int) -> tuple[int, ...]:
+    """The shape ``nchw`` of a result in the caller's layout and rank."""
+    shape = nchw[1:] if x_rank < 4 else nchw
+    shape = shape[-2:] if k_rank == 2 else shape
+    if problem.layout == "NHWC" and len(shape) > 2:
+        shape = (*shape[:-3], *shape[-2:], shape[-3])
+    return shape
+
+
+def as_bias(call: str, bias: Any) -> Operand:
+    """The bias as an operand; a number is refused, most kindly when a stride was meant."""
+    if isinstance(bias, (Number, np.generic)):
+        hint = "; the third argument is the bias, did you mean stride=?" if isinstance(bias, (int, np.integer)) else ""
+        raise TypeError(
+            f"{call}: bias must be an array of shape (O,), one number per output channel; got {bias!r}{hint}"
+        )
+    return arrays.operand(call, "bias", bias)
+
+
+def check_bias(call: str, bias: Operand, problem: Conv2dProblem) -> None:
+    """Refuse a bias of the wrong shape, or one that the result cannot hold."""
+    check_bias_shape(call, bias, problem)
+    if not dtypes.castable(bias.dtype, problem.y_dtype):
+        raise TypeError(f"{call}: bias of dtype {bias.dtype} cannot be cast to the result's dtype {problem.y_dtype}")
+    if problem.y_dtype == "int32" and bias.dtype != "bool":
+        # A GPU's bias is judged by its dtype, because reading its values would wait for the GPU.
+        low, high = dtypes.RANGES[bias.dtype]
+        if bias.device is None:
+            low, high = int(bias.array.min()), int(bias.array.max())
+        problem.check_overflow(call, max(abs(low), abs(high)))
+
+
+def check_bias_shape(call: str, bias: Operand, problem: Conv2dProblem) -> None:
+    """Refuse a bias that has not one number per channel of the result."""
+    if bias.shape != (problem.result_channels,):
+        hint = "; the third argument is the bias, did you mean stride=?" if bias.array.size <= 2 else ""
+        raise ValueError(
+            f"{call}: bias must have shape ({problem.result_channels},), one number per output channel of k; "
+            f"got shape {bias.shape}{hint}"
+        )
+
+
+def as_zero_points(call: str, value: Any) -> np.ndarray[Any, Any]:
+    """k's zero points as a host array of integers."""
+    if isinstance(value, (Number, np.generic, str, bytes)) or value is None:
+        return np.asarray(geometry.as_integer(call, "k_zero_point", value, -(2**62), 2**62))
+    given = arrays.operand(call, "k_zero_point", value)
+    with arrays.on_stream(given.device, given.stream):
+        points = arrays.to_host(given.array)
+    if points.dtype.kind not in "iu":
+        raise TypeError(f"{call}: k_zero_point must be integers; got dtype {points.dtype}")
+    return points
+
+
+def check_zero_points(call: str, points: np.ndarray[Any, Any], problem: Conv2dProblem) -> None:
+    """Refuse zero points of a shape that fits no kernel, or beyond the range of k's dtype."""
+    if points.shape not in ((), (1,), (problem.O,)):
+        raise ValueError(
+            f"{call}: k_zero_point must be one integer or one per output channel, shape ({problem.O},); "
+            f"got shape {points.shape}"
+        )
+    check_zero_point(call, "k_zero_point", int(points.min()), int(points.max()), problem.k_dtype)
+
+
+def workspace(call: str, limit: Any) -> int:
+    """``workspace_limit`` in bytes."""
+    if limit is None:
+        return schedule.DEFAULT_WORKSPACE
+    return geometry.as_integer(call, "workspace_limit", limit, 0, None)
+
+
+def check_where(call: str, device: Any, backend: Any) -> None:
+    """Refuse a device or a backend that does not exist by name, or two that contradict each other."""
+    kind, _ = dispatch.parse_device(call, device)
+    dispatch.check_backend(call, backend)
+    dispatch.check_agreement(call, kind, device, backend)
+
+
+class Keeper(Protocol):
+    """Who keeps what was moved to a device or packed, for the next call."""
+
+    def kept(self, key: Any, make: Callable[[], Any], ordinal: int | None) -> Any:
+        """What ``make`` gave the first time it was asked for under ``key``; it is or was on GPU ``ordinal``."""
+
+
+def compute(
+    call: str,
+    request: Request,
+    out: Any = None,
+    device: Any = None,
+    backend: Any = None,
+    workspace_limit: Any = None,
+    stream: Any = None,
+    keeper: Keeper | None = None,
+) -> Any:
+    """Check what says where and how to compute, choose an implementation, run it, and give the caller the result."""
+    problem, home = request.problem, request.first.device
+    limit = workspace(call, workspace_limit)
+    given = None if out is None else arrays.output(call, out)
+    needed = problem.result_size * dtypes.itemsize(problem.y_dtype)
+    if needed > sys.maxsize:
+        raise MemoryError(
+            f"{call}: the result, of shape {request.shape}, needs {needed} bytes, beyond any address space"
+        )
+    if given is not None:
+        inputs = {request.names[0]: request.first, request.names[1]: request.second, "bias": request.bias}
+        arrays.require_output(call, given, request.shape, problem.y_dtype, home, inputs)
+    pointer = arrays.stream_pointer(call, stream)
+    target = dispatch.resolve(call, device, backend, home, stacklevel=4)
+    choice = dispatch.choose(call, problem, target, backend, limit)
+    y = execute(request, choice, target, given, pointer, keeper)
+    return arrays.deliver(y, request.first) if out is None else out
+
+
+def execute(
+    request: Request,
+    choice: dispatch.Choice,
+    target: Any,
+    given: Operand | None,
+    stream: int | None,
+    keeper: Keeper | None,
+) -> Array:
+    """Move the operands where the implementation wants them, run it, and bring the result to the first one's device."""
+    problem, home = request.problem, request.first.device
+    implementation = dispatch.implementation(choice.name)
+    # A kernel of our own takes host arrays as they are; everything else on a GPU takes CuPy arrays.
+    ordinal = target.ordinal
+    if target.device == "cpu" or (implementation.ARRAYS == "any" and home is None):
+        ordinal = None
+    place = home if ordinal is None else ordinal
+    if stream is None and place == home:
+        stream = request.first.stream
+    out = None if given is None else given.array
+    sources = [(operand, arrays.stream_of(operand)) for operand in (request.first, request.second, request.bias, given)]
+    with arrays.on_stream(place, stream):
+        for operand, source in sources:
+            if operand is not None and operand.device is not None:
+                arrays.wait_for(source, operand.device)
+
+        def moved(operand: Operand | None) -> Array | None:
+            if operand is None:
+                return None
+            return arrays.to_host(operand.array) if ordinal is None else arrays.to_device(operand.array, ordinal)
+
+        def kept(key: Any, make: Callable[[], Any]) -> Any:
+            return make() if keeper is None else keeper.kept((key, ordinal, target.ordinal), make, target.ordinal)
+
+        in_place = out is not None and home == ordinal
+        y = out if in_place else _empty(request.shape, dtypes.numpy_dtype(problem.y_dtype), ordinal)
+        result = _view(problem, 2, y if request.lift is None else request.lift(y))
+        bias = kept("bias", lambda: moved(request.bias))
+        points = request.k_zero_point
+        if points is not None:
+            points = np.broadcast_to(points, (problem.O,)).astype(np.int64)
+        if problem.result_size and problem.products:
+            second = kept("second", lambda: moved(request.second))
+            operands = Operands(
+                _view(problem, 0, moved(request.first)),
+                None if second is None else _view(problem, 1, second),
+                bias,
+                points if ordinal is None or points is None else arrays.to_device(points, ordinal),
+                None,
+                target.ordinal,
+                stream,
+            )
+            if keeper is not None:
+                key = choice.name, implementation.pack_key(choice.plan)
+                operands.packed = kept(key, lambda: implementation.pack(choice.plan, operands))
+            implementation.run(choice.plan, operands, result)
+        elif problem.result_size:
+            fill_with_bias(problem, bias, result)
+        if home == ordinal:
+            return y
+        y = arrays.to_host(y) if home is None else arrays.to_device(y, home)
+        if out is None:
+            return y
+        out[...] = y
+        return out
+
+
+# What the first operand, the second and the result of each op are.
+_FORMS = {
+    "forward": ("image", "kernel", "image"),
+    "input_grad": ("image", "kernel", "image"),
+    "weight_grad": ("image", "image", "kernel"),
+    "unfold": ("image", "", "windows"),
+    "fold": ("windows", "", "image"),
+}
+
+
+def _view(problem: Conv2dProblem, which: int, array: Array) -> Array:
+    """An operand (0, 1) or the result (2) as implementations see it: a view with the groups as an axis."""
+    form = _FORMS[problem.op][which]
+    if form == "kernel":
+        return layouts.kernels(array, problem.kernel_layout, problem.flip, problem.groups)
+    if form == "windows":
+        return array.reshape((problem.N, problem.C, problem.KH * problem.KW, problem.OH, problem.OW))
+    return layouts.images(array, problem.layout, problem.groups)
+
+
+def _empty(shape: tuple[int, ...], dtype: Any, ordinal: int | None) -> Array:
+    if ordinal is None:
+        return np.empty(shape, dtype)
+    import cupy
+
+    with cupy.cuda.Device(ordinal):
+        return cupy.empty(shape, dtype)
