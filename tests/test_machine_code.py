@@ -67,18 +67,29 @@ def assemble(ptx: str, cc: tuple[int, int], folder: Path) -> dict[str, int]:
     return {name: found[0] for name, found in figures.items()} | {"shared": int(shared[1]) if shared else 0}
 
 
-def direct_library(tile: direct.Tile, x: str, k: str, y: str, zero_points: bool) -> Any:
+def lowered(body: Any, *arguments: Any) -> Any:
     """The kernel lowered to NVVM's language, which is the same for every architecture and takes the longest."""
     from numba.cuda import compiler, types
 
-    from gpuconv.backends.numba_cuda import direct_kernel
+    signature = types.void(*arguments)
+    return compiler._compile_pyfunc_with_fixup(body, signature, device=False, abi="numba", cc=ARCHITECTURES[0])[0]
 
-    def vector(name: str) -> Any:
-        return types.Array(convert.numba_type(name), 1, "C")
+
+def vector(name: str) -> Any:
+    from numba.cuda import types
+
+    return types.Array(convert.numba_type(name), 1, "C")
+
+
+def direct_library(tile: direct.Tile, x: str, k: str, y: str, zero_points: bool, conjugate: str | None = None) -> Any:
+    from numba.cuda import types
+
+    from gpuconv.backends.numba_cuda import direct_kernel
 
     sums = "float32" if y in ("float16", "bfloat16") else y
     i64, number = types.int64, convert.numba_type(sums)
-    signature = types.void(
+    return lowered(
+        direct_kernel.build(tile, x, k, y, zero_points, conjugate),
         *(vector(x), *[i64] * 6),
         *(vector(k), *[i64] * 6),
         *(vector(sums), types.boolean, types.boolean),
@@ -88,8 +99,6 @@ def direct_library(tile: direct.Tile, x: str, k: str, y: str, zero_points: bool)
         *[i64] * 8,
         *(number, number, vector(sums)),
     )
-    body = direct_kernel.build(tile, x, k, y, zero_points)
-    return compiler._compile_pyfunc_with_fixup(body, signature, device=False, abi="numba", cc=ARCHITECTURES[0])[0]
 
 
 def ptx_of(library: Any, cc: tuple[int, int]) -> str:
@@ -122,6 +131,43 @@ def test_direct_kernel_fits_in_registers(tile, x, k, y, zero_points, tmp_path):
         assert figures["stack"] == figures["spill_stores"] == figures["spill_loads"] == 0, (cc, figures)
         assert figures["registers"] * tile.threads <= 65536, "a block must fit a multiprocessor's registers"
         assert figures["shared"] <= 48 * 1024, "what a launch may use without asking"
+
+
+@needs_ptxas
+@pytest.mark.parametrize("conjugate", ["x", "k"])
+@pytest.mark.parametrize("dtype", ["complex64", pytest.param("complex128", marks=pytest.mark.full)])
+def test_conjugating_kernel_fits_in_registers(dtype, conjugate, tmp_path):
+    for tile in tiles_for(dtype):
+        library = direct_library(tile, dtype, dtype, dtype, False, conjugate)
+        for cc in ARCHITECTURES:
+            figures = assemble(ptx_of(library, cc), cc, tmp_path)
+            assert figures["stack"] == figures["spill_stores"] == figures["spill_loads"] == 0, (tile, cc, figures)
+
+
+WINDOWS = [("unfold", size, size) for size in (1, 2, 4, 8, 16)] + [
+    ("fold", name, dtypes.promoted(name, name)) for name in dtypes.CODES if name != "bool"
+]
+
+
+@needs_ptxas
+@pytest.mark.parametrize(("op", "x", "y"), WINDOWS)
+def test_patches_kernels_fit_in_registers(op, x, y, tmp_path):
+    from numba.cuda import types
+
+    from gpuconv.backends.numba_cuda import patches_kernel
+
+    i64 = types.int64
+    table = vector("int64"), i64, i64
+    if op == "unfold":
+        elements = vector(patches_kernel.WORDS[x])
+        body = patches_kernel.build_unfold(x)
+        library = lowered(body, elements, *[i64] * 5, elements, *[i64] * 7, *table, *table, *[i64] * 6)
+    else:
+        library = lowered(patches_kernel.build_fold(x, y), vector(x), *[i64] * 7, vector(y), *[i64] * 19)
+    for cc in ARCHITECTURES:
+        figures = assemble(ptx_of(library, cc), cc, tmp_path)
+        assert figures["stack"] == figures["spill_stores"] == figures["spill_loads"] == 0, (cc, figures)
+        assert figures["registers"] <= 128, "two blocks of 256 threads on each multiprocessor, at least"
 
 
 @needs_ptxas

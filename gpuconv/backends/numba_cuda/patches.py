@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from gpuconv import arrays
 from gpuconv.backends.numba_cuda import launch
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
@@ -37,19 +39,17 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
 
 
 @lru_cache(maxsize=64)
-def kernel(op: str, x_dtype: str, y_dtype: str) -> Any:
+def kernel(build: Callable[..., Any], *facts: Any) -> Any:
     """The compiled-on-demand kernel of one specialisation."""
     from numba import cuda
 
-    from gpuconv.backends.numba_cuda import patches_kernel
-
-    if op == "unfold":
-        return cuda.jit(patches_kernel.build_unfold(x_dtype))
-    return cuda.jit(patches_kernel.build_fold(x_dtype, y_dtype))
+    return cuda.jit(build(*facts))
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
     """Launch the kernel on NumPy operands (uploaded and downloaded here) or on CuPy ones, on the given stream."""
+    from gpuconv.backends.numba_cuda import patches_kernel
+
     problem = plan.problem
     like = operands.x
     blocks = min(-(-problem.result_size // _THREADS), launch.MAX_GRID_X)
@@ -59,18 +59,20 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
         stack.enter_context(launch.on_gpu(operands.ordinal))
         stream = launch.stream(operands.stream, like)
         if problem.op == "unfold":
-            y = stack.enter_context(launch.output(out.reshape(windows), stream))
-            x = launch.flat(operands.x[:, :, 0], stream)
+            word = patches_kernel.WORDS[out.dtype.itemsize]
+            image = arrays.native(like) if isinstance(like, np.ndarray) else like
+            y = stack.enter_context(launch.output(out.view(word).reshape(windows), stream))
+            x = launch.flat(image.view(word)[:, :, 0], stream)
             tables: list[Any] = []
             for table in problem.tables():
                 vector = launch.vector(like, table.index, np.dtype(np.int64), 1, stream)
                 tables += [vector, table.outer, table.inner]
-            function = kernel("unfold", problem.x_dtype, problem.y_dtype)
+            function = kernel(patches_kernel.build_unfold, out.dtype.itemsize)
             function[blocks, _THREADS, stream](*x.arguments(), *y.arguments(), *tables, *windows)
         else:
             x = stack.enter_context(launch.output(out[:, :, 0], stream))
             y = launch.flat(operands.x.reshape(windows), stream)
             (top, _), (left, _) = problem.padding
             sizes = (problem.N, problem.C, problem.H, problem.W, *windows[2:], *problem.stride, *problem.dilation)
-            function = kernel("fold", problem.x_dtype, problem.y_dtype)
+            function = kernel(patches_kernel.build_fold, problem.x_dtype, problem.y_dtype)
             function[blocks, _THREADS, stream](*y.arguments(), *x.arguments(), *sizes, top, left)

@@ -16,10 +16,13 @@ from numba import cuda  # a global of this module: the simulator replaces it the
 from gpuconv import dtypes
 from gpuconv.backends.numba_cuda import convert
 
+# Elements move as bits of their size: no arithmetic touches them, NaN payloads included.
+WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64", 16: "complex128"}
 
-def build_unfold(dtype: str) -> Any:
-    """The kernel that copies elements of ``dtype`` as they are."""
-    ZERO = np.dtype(convert.BITS.get(dtype, dtype)).type(0)
+
+def build_unfold(itemsize: int) -> Any:
+    """The kernel that copies elements of ``itemsize`` bytes."""
+    ZERO = np.dtype(WORDS[itemsize]).type(0)
 
     def unfold(  # type: ignore[no-untyped-def]  # Numba infers the types
         x, x0, xN, xC, xH, xW,  # the elements of x, the offset of its first, its strides
