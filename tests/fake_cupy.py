@@ -132,9 +132,9 @@ def _zeroed_errors(name: str) -> Any:
 def modules() -> dict[str, ModuleType]:
     cupy = ModuleType("cupy")
     cupy.asarray = lambda array, blocking=False: np.asarray(array)
-    for name in ("ascontiguousarray", "zeros", "int64", "ndarray"):
+    for name in ("ascontiguousarray", "broadcast_to", "int64", "ndarray", "ones", "zeros"):
         setattr(cupy, name, getattr(np, name))
-    for name in ("add", "maximum"):
+    for name in ("add", "conjugate", "maximum"):
         setattr(cupy, name, _zeroed_errors(name))
 
     def empty(shape: Any, dtype: Any) -> Any:
@@ -144,10 +144,15 @@ def modules() -> dict[str, ModuleType]:
         return array
 
     cupy.empty = empty
+    cupy.empty_like = lambda array: empty(array.shape, array.dtype)
     cupy.RawKernel = RawKernel
     runtime = SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError)
     cupy.cuda = SimpleNamespace(
-        Device=Device, runtime=runtime, device=SimpleNamespace(get_cublas_handle=lambda: 0), ExternalStream=None
+        Device=Device,
+        runtime=runtime,
+        device=SimpleNamespace(get_cublas_handle=lambda: 0),
+        ExternalStream=None,
+        get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
     )
     libs = ModuleType("cupy_backends.cuda.libs")
     libs.cublas = SimpleNamespace(gemmStridedBatchedEx=gemm_strided_batched_ex)
