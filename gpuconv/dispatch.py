@@ -211,7 +211,24 @@ def fallback_policy() -> str:
     return policy
 
 
+# Whether this process has used CUDA, and whether it is the child of one that had: CUDA does not survive a fork.
+_cuda = {"used": False, "lost": False}
+
+
+def _after_fork() -> None:
+    _cuda.update(used=False, lost=_cuda["used"] or _cuda["lost"])
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _gpu(call: str, ordinal: int | None, home: int | None) -> Target:
+    if _cuda["lost"]:
+        raise NoBackendError(
+            f"{call}: this process was forked from one that had used CUDA, and CUDA does not survive a fork; start "
+            "processes with multiprocessing's 'spawn' or 'forkserver', or pass device='cpu'"
+        )
     count, current = _gpus()
     if ordinal is not None and ordinal >= count:
         raise ValueError(f"{call}: device='cuda:{ordinal}' does not exist; this machine has {count} GPU(s)")
@@ -223,9 +240,11 @@ def _gpus() -> tuple[int, int]:
     if implementation("cupy.gemm").unavailable() is None:
         import cupy
 
+        _cuda["used"] = True
         return int(cupy.cuda.runtime.getDeviceCount()), int(cupy.cuda.Device().id)
     from numba import cuda
 
+    _cuda["used"] = not simulated()
     return len(cuda.gpus), 0 if simulated() else int(cuda.get_current_device().id)
 
 
