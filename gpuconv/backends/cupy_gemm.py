@@ -26,6 +26,8 @@ DEVICE = "cuda"
 OPS = frozenset(("forward", "input_grad", "weight_grad"))
 ARRAYS = "cupy"
 
+LONGEST_SUM = orchestration.BLAS_LIMIT  # cuBLAS keeps one sum per element anyway, and launches cost
+
 _REMEDY = 'pip install "gpuconv[cuda13]" (or [cuda12], by the driver)'
 
 
@@ -87,7 +89,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose the chunk."""
     columns, sums = columns_and_sums(problem)
     raw = dtypes.itemsize(problem.x_dtype) if columns != problem.x_dtype else 0
-    return gemm_gradients.plan(NAME, problem, limit, columns, sums, raw)
+    return gemm_gradients.plan(NAME, problem, limit, columns, sums, raw, False, LONGEST_SUM)
 
 
 pack_key = orchestration.pack_key

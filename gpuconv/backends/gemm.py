@@ -67,9 +67,9 @@ def plan_forward(
     """Choose the chunk; ``raw_bytes`` per column element, and a padded patch, are what im2col needs."""
     K, C, O = problem.products, problem.C // problem.groups, problem.O // problem.groups
     element = dtypes.itemsize(columns_in)
-    # Scratch for sums is needed when the result is of another dtype or its strides are none that BLAS takes; integer
-    # sums are converted on their way out.
-    sums = dtypes.itemsize(sums_in) + (8 if dtypes.is_integer(problem.y_dtype) else 0)
+    # Scratch for sums is needed when the result is of another dtype or its strides are none that BLAS takes, and once
+    # more where a long sum is made of short ones; integer sums are converted on their way out.
+    sums = 2 * dtypes.itemsize(sums_in) + (8 if dtypes.is_integer(problem.y_dtype) else 0)
     weights = 2 * problem.O * K * element  # cast, and freed of its zero point
 
     def scratch(n: int, g: int, rows: int, columns: int) -> int:

@@ -6,7 +6,7 @@ The input gradient is cut into forward convolutions by ``phases``. The gradient 
     dK (O × C·KH·KW) = dY (O × N·OH·OW) @ columnsᵀ
 
 The columns are those of the forward convolution, with the images of a chunk side by side, so that one product sums over
-images and pixels together; products of chunks are added up in the type of the sums, and rounded once at the end.
+images and pixels together; the products of chunks are added up in float64 for float32, and rounded once at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from gpuconv import dtypes, schedule
 from gpuconv.backends import phases
-from gpuconv.backends.gemm import BLAS_LIMIT, Library, plan_forward, run_forward
+from gpuconv.backends.gemm import Library, plan_forward, run_forward
 from gpuconv.backends.protocol import Operands, Plan
 from gpuconv.problem import Conv2dProblem
 
@@ -26,14 +26,18 @@ def plan(
     limit: int,
     columns_in: str,
     sums_in: str,
-    raw_bytes: int = 0,
-    patch: bool = False,
+    raw_bytes: int,
+    patch: bool,
+    longest_sum: int,
 ) -> Plan:
-    """Choose the chunks; ``raw_bytes`` per column element, and a padded patch, are what im2col needs."""
+    """Choose the chunks; ``raw_bytes`` per column element, and a padded patch, are what im2col needs. A product of a
+    weight gradient sums over at most ``longest_sum`` pixels.
+    """
     if problem.op == "input_grad":
         return phases.plan(lambda part: plan_forward(name, part, limit, columns_in, sums_in, raw_bytes, patch), problem)
-    choose = plan_weight_grad if problem.op == "weight_grad" else plan_forward
-    return choose(name, problem, limit, columns_in, sums_in, raw_bytes, patch)
+    if problem.op == "weight_grad":
+        return plan_weight_grad(name, problem, limit, columns_in, sums_in, raw_bytes, patch, longest_sum)
+    return plan_forward(name, problem, limit, columns_in, sums_in, raw_bytes, patch)
 
 
 def run(library: Library, plan: Plan, operands: Operands, out: Any) -> None:
@@ -46,34 +50,41 @@ def run(library: Library, plan: Plan, operands: Operands, out: Any) -> None:
         run_forward(library, plan, operands, out)
 
 
+# What the products of chunks are added up in.
+_TOTALS = {"float32": "float64", "complex64": "complex128"}
+
+
 def plan_weight_grad(
     name: str,
     problem: Conv2dProblem,
     limit: int,
     columns_in: str,
     sums_in: str,
-    raw_bytes: int = 0,
-    patch: bool = False,
+    raw_bytes: int,
+    patch: bool,
+    longest_sum: int,
 ) -> Plan:
     """Choose the chunk; ``raw_bytes`` per column element, and a padded patch, are what im2col needs."""
     C, O = problem.C // problem.groups, problem.O // problem.groups
     K = C * problem.KH * problem.KW
     element = dtypes.itemsize(columns_in)
+    total = dtypes.itemsize(_TOTALS.get(sums_in, sums_in))
 
-    def scratch(n: int, g: int, rows: int, columns: int) -> int:
-        if n * rows * columns > BLAS_LIMIT:
+    def scratch(n: int, rows: int, columns: int, g: int) -> int:
+        if n * rows * columns > longest_sum:
             return limit + 1
         # columns, and dy as a matrix
         chunk = n * g * rows * columns * (K * (element + raw_bytes) + 2 * O * element)
         spans = problem.table_spans(rows, columns)
         patches = 2 * n * g * spans[0] * spans[1] * C * dtypes.itemsize(problem.x_dtype) if patch else 0
-        # the running sum and a chunk's product, and integers on their way out
-        sums = g * O * K * (2 * dtypes.itemsize(sums_in) + (8 if dtypes.is_integer(problem.y_dtype) else 0))
+        # the running total, a chunk's product, one more where a long sum is made of short ones, and integers on their
+        # way out
+        sums = g * O * K * (total + 2 * dtypes.itemsize(sums_in) + (8 if dtypes.is_integer(problem.y_dtype) else 0))
         return chunk + patches + sums + problem.table_bytes()
 
-    extents = (problem.N, problem.groups, problem.OH, problem.OW)
+    extents = (problem.N, problem.OH, problem.OW, problem.groups)
     block = schedule.fit(extents, scratch, limit, f"{name} on {problem}")
-    n, g, rows, columns = block
+    n, rows, columns, g = block
     detail = f"im2col of {columns_in} in chunks of {n} image(s) × {g} group(s) × {rows}×{columns} pixels, times dy"
     return Plan(problem, scratch(*block), sums_in, detail, {"block": block, "columns_in": columns_in})
 
@@ -84,25 +95,20 @@ def run_weight_grad(library: Library, plan: Plan, operands: Operands, out: Any) 
     x, dy = operands.x, operands.k
     tables = problem.tables()
     sums_dtype = dtypes.numpy_dtype(plan.sums_in)
+    total_dtype = dtypes.numpy_dtype(_TOTALS.get(plan.sums_in, plan.sums_in))
     K = problem.C // problem.groups * problem.KH * problem.KW
-    images, groups, rows, columns = plan.config["block"]
+    images, rows, columns, groups = plan.config["block"]
     for (g,) in schedule.blocks((problem.groups,), (groups,)):
-        total = xp.empty((1, g.stop - g.start, problem.O // problem.groups, K), sums_dtype)
-        product = None
+        shape = (1, g.stop - g.start, problem.O // problem.groups, K)
+        total, product = xp.zeros(shape, total_dtype), xp.empty(shape, sums_dtype)
         for n, i, j in schedule.blocks((problem.N, problem.OH, problem.OW), (images, rows, columns)):
             a = _gradients(library, plan, dy[n, g, :, i, j])
             b = _columns(library, plan, tables, x[n, g], i, j)
-            if product is None:
-                library.gemm(problem, a, b, total)
-                product = total
-            else:
-                product = xp.empty_like(total) if product is total else product
-                library.gemm(problem, a, b, product)
-                total += product
+            library.gemm(problem, a, b, product)
+            total += product
             del a, b  # before the next chunk's are made
-        target = out[g]
-        sums = total.reshape(target.shape)[None]
-        library.epilogue(problem, sums, None, target[None])
+        target = out[g][None]
+        library.epilogue(problem, total.reshape(target.shape), None, target)
 
 
 def _gradients(library: Library, plan: Plan, dy: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpuconv import dtypes
 from gpuconv.backends import gemm as orchestration
-from gpuconv.backends import gemm_gradients, tables
+from gpuconv.backends import gemm_gradients, products, tables
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
@@ -19,6 +19,9 @@ OPS = frozenset(("forward", "input_grad", "weight_grad"))
 ARRAYS = "numpy"
 
 xp = np
+
+# Pixels that one product of a weight gradient sums over, at most: float32 sums stay those of short runs.
+LONGEST_SUM = 4096
 
 
 def unavailable() -> None:
@@ -42,7 +45,8 @@ def _columns_in(problem: Conv2dProblem) -> str:
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose the chunk."""
     dtype = _columns_in(problem)
-    return gemm_gradients.plan(NAME, problem, limit, dtype, dtype, patch=problem.padding_mode != "constant")
+    patch = problem.padding_mode != "constant"
+    return gemm_gradients.plan(NAME, problem, limit, dtype, dtype, 0, patch, LONGEST_SUM)
 
 
 pack_key = orchestration.pack_key
@@ -72,9 +76,9 @@ def gemm(problem: Conv2dProblem, a: Any, b: Any, out: Any) -> None:
     layout = orchestration.blas_layout(out.shape[2:], tuple(step // out.itemsize for step in out.strides[2:]))
     if layout is not None and not layout[0]:
         # NumPy hands a product to BLAS only when its rows are contiguous: (K·columns)ᵀ = columnsᵀ·Kᵀ.
-        np.matmul(b.swapaxes(-1, -2), a.swapaxes(-1, -2), out=out.swapaxes(-1, -2))
+        products.matmul(b.swapaxes(-1, -2), a.swapaxes(-1, -2), out.swapaxes(-1, -2))
     else:
-        np.matmul(a, b, out=out)
+        products.matmul(a, b, out)
 
 
 def epilogue(problem: Conv2dProblem, sums: Any, bias: Any | None, out: Any) -> None:

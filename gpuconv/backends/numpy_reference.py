@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv import dtypes, schedule
-from gpuconv.backends import phases, tables
+from gpuconv.backends import phases, products, tables
 from gpuconv.backends.gemm import plain_epilogue
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
@@ -85,10 +85,10 @@ def _plan_weight_grad(problem: Conv2dProblem, sums: str, limit: int) -> Plan:
 
     def scratch(n: int, g: int, rows: int, columns: int) -> int:
         # dy and the pixels of one tap as gathered and as widened matrices; the padded patch; all sums of the groups,
-        # of integers converted at the end, and one tap's product
+        # of integers converted at the end, and one tap's product, twice where a long sum is made of short ones
         chunk = n * g * rows * columns * (O + I) * (narrow + 2 * wide)
         chunk += 2 * n * g * I * tables.patch_pixels(problem, rows, columns) * narrow
-        sums = g * O * I * (problem.KH * problem.KW * (2 if integers else 1) + 1) * wide
+        sums = g * O * I * (problem.KH * problem.KW * (2 if integers else 1) + 2) * wide
         return chunk + sums + problem.table_bytes()
 
     extents = (problem.N, problem.groups, problem.OH, problem.OW)
@@ -150,6 +150,7 @@ def _run_weight_grad(plan: Plan, operands: Operands, out: Any) -> None:
     images, groups, rows, columns = plan.config["block"]
     for (g,) in schedule.blocks((problem.groups,), (groups,)):
         total = np.zeros((problem.KH, problem.KW, *out[g].shape[:3]), wide)
+        product = np.empty(total.shape[2:], wide)
         for n, i, j in schedule.blocks((problem.N, problem.OH, problem.OW), (images, rows, columns)):
             a = _as_matrices(dy[n, g, :, i, j], wide)
             windows = tables.Windows(problem, index_tables, x[n, g], i, j, problem.fill)
@@ -157,7 +158,8 @@ def _run_weight_grad(plan: Plan, operands: Operands, out: Any) -> None:
                 pixels = _as_matrices(windows.tap(p, q), wide)
                 if problem.conjugate:
                     np.conjugate(pixels, out=pixels)
-                total[p, q] += a @ pixels.swapaxes(1, 2)
+                products.matmul(a, pixels.swapaxes(1, 2), product)
+                total[p, q] += product
                 del pixels
         sums = np.int64 if dtypes.is_integer(problem.y_dtype) else wide
         out[g] = total.transpose(2, 3, 4, 0, 1).astype(sums, copy=False)
