@@ -41,6 +41,8 @@ class Operand:
 
 def output(call: str, out: Any) -> Operand:
     """``out=`` as an Operand over the caller's own memory; refused where gpuconv would have to write to a copy."""
+    if isinstance(out, Operand):
+        return out
     shares = isinstance(out, np.ndarray) or hasattr(out, "__cuda_array_interface__") or hasattr(out, "__dlpack__")
     if not shares:
         raise TypeError(f"{call}: out must be an array to write the result to; got {type(out).__name__}")

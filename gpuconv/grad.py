@@ -6,9 +6,10 @@ k and bias. The order of arguments is that of ``torch.nn.grad``. Borders are con
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from gpuconv import arrays, geometry, layouts, request
+from gpuconv import arrays, dtypes, geometry, layouts, request
 from gpuconv.arrays import Operand
 from gpuconv.problem import Conv2dProblem
 
@@ -181,7 +182,7 @@ def conv2d_bias(
     Parameters
     ----------
     grad_output : array_like
-        (O, OH, OW) or (N, O, OH, OW), in ``layout``'s order.
+        (OH, OW), (O, OH, OW) or (N, O, OH, OW), in ``layout``'s order.
     layout, dtype, out, device, backend, workspace_limit, stream
         As for ``conv2d``.
 
@@ -206,9 +207,12 @@ def conv2d_bias(
         raise ValueError(f"{call}: layout must be one of {', '.join(map(repr, layouts.LAYOUTS))}; got {layout!r}")
     gradient = arrays.operand(call, "grad_output", grad_output)
     rank = len(gradient.shape)
-    if rank not in (3, 4):
-        raise ValueError(f"{call}: grad_output must have shape (O, OH, OW) or (N, O, OH, OW); got {gradient.shape}")
-    *images, channels, rows, columns = (gradient.shape[axis] for axis in layouts.image_axes(layout, rank))
+    if rank not in (2, 3, 4):
+        raise ValueError(
+            f"{call}: grad_output must have shape (OH, OW), (O, OH, OW) or (N, O, OH, OW); got {gradient.shape}"
+        )
+    ordered = [gradient.shape[axis] for axis in layouts.image_axes(layout, rank)]
+    *images, channels, rows, columns = ordered if rank > 2 else [1, *ordered]
     if channels == 0:
         raise ValueError(f"{call}: grad_output has 0 channels (shape {gradient.shape}); a bias needs at least one")
     if 0 in (rows, columns):
@@ -218,9 +222,25 @@ def conv2d_bias(
         ones_shape, (channels, 1, 1, 1), call=call, x_dtype="bool", k_dtype=gradient.dtype, dtype=dtype, layout=layout,
         op="weight_grad",
     )  # fmt: skip
-    ones = arrays.ones(ones_shape, gradient)
-    asked = request.Request(problem, (channels,), ones, gradient, names=("ones", "grad_output"))
-    return request.compute(call, asked, out, device, backend, workspace_limit, stream)
+    asked = request.Request(
+        problem, (channels,), arrays.ones(ones_shape, gradient), gradient, names=("ones", "grad_output")
+    )
+    where = device, backend, workspace_limit, stream
+    if not dtypes.is_complex(problem.y_dtype):
+        return request.compute(call, asked, out, *where)
+    # The parts apart: a complex infinity times 1 + 0j is no number.
+    request.check_where(call, device, backend)
+    total = request.result(call, asked, out)
+    real = "float32" if problem.y_dtype == "complex64" else "float64"
+    parts = ["real", "imag"] if dtypes.is_complex(gradient.dtype) else ["real"]
+    if len(parts) == 1:
+        total.array.imag = 0
+    for part in parts:
+        terms = replace(gradient, array=getattr(gradient.array, part))
+        terms = replace(terms, dtype=terms.array.dtype.name)
+        half = replace(asked, problem=replace(problem, k_dtype=terms.dtype, y_dtype=real), second=terms)
+        request.compute(call, half, replace(total, array=getattr(total.array, part), dtype=real), *where)
+    return arrays.deliver(total.array, gradient) if out is None else out
 
 
 def _size(call: str, name: str, value: Any) -> tuple[int, ...]:

@@ -84,9 +84,9 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
         self._zero_points = request.as_zero_points(call, k_zero_point).copy()
         self._options: dict[str, Any] = {
             "stride": _frozen(stride), "padding": _frozen(padding), "dilation": _frozen(dilation), "groups": groups,
-            "padding_mode": padding_mode, "padding_value": padding_value, "flip": flip, "layout": layout,
-            "kernel_layout": kernel_layout, "activation": activation, "x_zero_point": x_zero_point, "dtype": dtype,
-            "precision": precision,
+            "padding_mode": padding_mode, "padding_value": _frozen(padding_value), "flip": flip, "layout": layout,
+            "kernel_layout": kernel_layout, "activation": activation, "x_zero_point": _frozen(x_zero_point),
+            "dtype": dtype, "precision": precision,
         }  # fmt: skip
         self._where = {"device": device, "backend": backend, "workspace_limit": workspace_limit}
         request.workspace(call, workspace_limit)
@@ -194,7 +194,9 @@ def _snapshot(operand: Operand) -> Operand:
 
 
 def _frozen(value: Any) -> Any:
-    """``value`` with its lists and arrays as tuples, so that nobody can change them later."""
+    """``value`` with its lists and arrays as tuples and scalars, so that nobody can change them later."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        return value[()]
     if geometry.is_sequence(value):
         return tuple(_frozen(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value))
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Number
 from typing import Any, Protocol
 
@@ -174,8 +174,19 @@ def compute(
     keeper: Keeper | None = None,
 ) -> Any:
     """Check what says where and how to compute, choose an implementation, run it, and give the caller the result."""
-    problem, home = request.problem, request.first.device
     limit = workspace(call, workspace_limit)
+    given = check_result(call, request, out)
+    problem, home = request.problem, request.first.device
+    pointer = arrays.stream_pointer(call, stream)
+    target = dispatch.resolve(call, device, backend, home, stacklevel=4)
+    choice = dispatch.choose(call, problem, target, backend, limit)
+    y = execute(request, choice, target, given, pointer, keeper)
+    return arrays.deliver(y, request.first) if out is None else out
+
+
+def check_result(call: str, request: Request, out: Any) -> Operand | None:
+    """``out`` as an operand, if there is one; refused where it is not what the result needs."""
+    problem = request.problem
     given = None if out is None else arrays.output(call, out)
     needed = problem.result_size * dtypes.itemsize(problem.y_dtype)
     if needed > sys.maxsize:
@@ -184,12 +195,18 @@ def compute(
         )
     if given is not None:
         inputs = {request.names[0]: request.first, request.names[1]: request.second, "bias": request.bias}
-        arrays.require_output(call, given, request.shape, problem.y_dtype, home, inputs)
-    pointer = arrays.stream_pointer(call, stream)
-    target = dispatch.resolve(call, device, backend, home, stacklevel=4)
-    choice = dispatch.choose(call, problem, target, backend, limit)
-    y = execute(request, choice, target, given, pointer, keeper)
-    return arrays.deliver(y, request.first) if out is None else out
+        arrays.require_output(call, given, request.shape, problem.y_dtype, request.first.device, inputs)
+    return given
+
+
+def result(call: str, request: Request, out: Any) -> Operand:
+    """``out``, or a new array for the result, as an operand."""
+    given = check_result(call, request, out)
+    first, dtype = request.first, request.problem.y_dtype
+    if given is not None:
+        return given
+    with arrays.on_stream(first.device, first.stream):
+        return replace(first, array=_empty(request.shape, dtypes.numpy_dtype(dtype), first.device), dtype=dtype)
 
 
 def execute(

@@ -195,9 +195,9 @@ def numpy_dtype(name: str) -> np.dtype:
 # Exact fills: the largest |x| and |k|, and the largest sum that the result type holds exactly. 16-bit types are
 # summed in float32 and limited by the rounding of the result; complex sums have twice the products, and half the
 # room is kept for the sums of components that a three-product complex multiplication forms.
-_NARROW = {"float16": (4, 2), "bfloat16": (4, 2)}
-_WIDE = {"float16": (255, 1), "bfloat16": (31, 1), "float64": (2**30 - 1, 1), "complex128": (2**30 - 1, 1)}
-_EXACT = {
+NARROW = {"float16": (4, 2), "bfloat16": (4, 2)}
+WIDE = {"float16": (255, 1), "bfloat16": (31, 1), "float64": (2**30 - 1, 1), "complex128": (2**30 - 1, 1)}
+EXACT = {
     "float16": 2**11,
     "bfloat16": 2**8,
     "float32": 2**24,
@@ -205,10 +205,15 @@ _EXACT = {
     "complex64": 2**22,
     "complex128": 2**51,
 }
-_LARGEST_BIAS = 4
+LARGEST_BIAS = 4
 
 
-def _integer_fill(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype, kind: str) -> np.ndarray:
+def largest(dtype: str, kind: str) -> tuple[int, int]:
+    """The largest values of the two operands of an exact fill."""
+    return {"narrow": NARROW, "wide": WIDE}.get(kind, {}).get(dtype, (4095, 1) if kind == "wide" else (32, 32))
+
+
+def integer_fill(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype, kind: str) -> np.ndarray:
     if dtype.kind == "b":
         return rng.integers(0, 2, shape).astype(bool)
     low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
@@ -217,12 +222,12 @@ def _integer_fill(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dt
     return rng.integers(max(low, 0) if kind == "positive" else low, high, shape, dtype, endpoint=True)
 
 
-def _real_fill(rng: np.random.Generator, shape: tuple[int, ...], kind: str, largest: int) -> np.ndarray:
+def real_fill(rng: np.random.Generator, shape: tuple[int, ...], kind: str, most: int) -> np.ndarray:
     if kind == "normal":
         return rng.standard_normal(shape)
     if kind == "positive":
         return rng.random(shape)
-    values = rng.integers(1, largest, shape, endpoint=True)
+    values = rng.integers(1, most, shape, endpoint=True)
     return np.where(rng.random(shape) < 0.5, values, -values).astype(np.float64)
 
 
@@ -242,23 +247,21 @@ def fill(case: Case, dtype: str, kind: str, seed: int = 0) -> tuple[np.ndarray, 
     rng = np.random.default_rng([seed, zlib.crc32(case.name.encode())])
     numpy_type, bias = numpy_dtype(dtype), None
     if oracle.is_integer(numpy_type):
-        x, k = (_integer_fill(rng, shape, numpy_type, kind) for shape in (case.x_shape, case.k_shape))
+        x, k = (integer_fill(rng, shape, numpy_type, kind) for shape in (case.x_shape, case.k_shape))
         if case.bias:
             bias = rng.integers(-1000, 1000, case.out_channels).astype(oracle.result_dtype(numpy_type, numpy_type))
         return x, k, bias
-    x_largest, k_largest = {"narrow": _NARROW, "wide": _WIDE}.get(kind, {}).get(
-        dtype, (4095, 1) if kind == "wide" else (32, 32)
-    )
+    x_largest, k_largest = largest(dtype, kind)
 
-    def draw(shape: tuple[int, ...], largest: int) -> np.ndarray:
-        values = _real_fill(rng, shape, kind, largest)
+    def draw(shape: tuple[int, ...], most: int) -> np.ndarray:
+        values = real_fill(rng, shape, kind, most)
         if dtype in COMPLEX:
-            values = values + 1j * _real_fill(rng, shape, kind, largest)
+            values = values + 1j * real_fill(rng, shape, kind, most)
         return values.astype(numpy_type)
 
     x, k = draw(case.x_shape, x_largest), draw(case.k_shape, k_largest)
     if case.bias:
-        bias = draw((case.out_channels,), _LARGEST_BIAS)
+        bias = draw((case.out_channels,), LARGEST_BIAS)
     if kind in ("narrow", "wide") and k.size:
-        _thin(rng, case.oihw(k), (_EXACT[dtype] - _LARGEST_BIAS) // (x_largest * k_largest))
+        _thin(rng, case.oihw(k), (EXACT[dtype] - LARGEST_BIAS) // (x_largest * k_largest))
     return x, k, bias

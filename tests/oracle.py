@@ -88,7 +88,7 @@ def pair(value: Any) -> tuple[int, int]:
     return (int(value), int(value)) if np.ndim(value) == 0 else (int(value[0]), int(value[1]))
 
 
-def _extended(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def extended(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """``array`` as the sum of a ``dtype`` result sees it, in the widest type of its kind."""
     if is_integer(dtype):
         return array.astype(np.int64)
@@ -97,7 +97,7 @@ def _extended(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return array.astype(np.clongdouble if is_complex(dtype) else np.longdouble)
 
 
-def _magnitudes(x: np.ndarray, k: np.ndarray) -> np.ndarray:
+def magnitudes(x: np.ndarray, k: np.ndarray) -> np.ndarray:
     """|x||k| with one term per component of a complex product."""
     if not is_complex(x.dtype):
         return np.abs(x).astype(np.longdouble) * np.abs(k).astype(np.longdouble)
@@ -132,7 +132,7 @@ def conv2d(
     mode = PAD_MODES.get(padding_mode, padding_mode)
     constant = {"constant_values": x_zero_point or padding_value} if mode == "constant" else {}
     x = np.pad(x, ((0, 0), (0, 0), *pads), mode=mode, **constant)
-    x, k = _extended(x, dtype), _extended(k, dtype)
+    x, k = extended(x, dtype), extended(k, dtype)
     if is_integer(dtype):
         x = x - np.int64(x_zero_point)
         k = k - np.asarray(k_zero_point, np.int64).reshape(-1, 1, 1, 1)
@@ -148,9 +148,9 @@ def conv2d(
             for (i, top), (j, left) in itertools.product(enumerate(rows), enumerate(columns)):
                 seen = x[n, channels, top : top + dh * (KH - 1) + 1 : dh, left : left + dw * (KW - 1) + 1 : dw]
                 y[n, filters, i, j] = (seen * k[filters]).sum(axis=(1, 2, 3))
-                magnitude[n, filters, i, j] = _magnitudes(seen, k[filters]).sum(axis=(1, 2, 3))
+                magnitude[n, filters, i, j] = magnitudes(seen, k[filters]).sum(axis=(1, 2, 3))
         if bias is not None:
-            column = _extended(bias.astype(dtype), dtype).reshape(-1, 1, 1)
+            column = extended(bias.astype(dtype), dtype).reshape(-1, 1, 1)
             y = y + column
             parts = np.abs(column.real) + 1j * np.abs(column.imag) if is_complex(dtype) else np.abs(column)
             magnitude = magnitude + parts

@@ -22,24 +22,32 @@ FAKE = os.environ | {
     "GPUCONV_TEST_FAKE_CUPY": "1",
     "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
 }
+FAMILY = ("test_family.py", "test_gradients.py", "test_patches.py", "test_conv1d.py", "test_prepared.py")
 in_child = os.environ.get("GPUCONV_TEST_FAKE_CUPY") == "1"
 needs_compiler = pytest.mark.skipif(fake_cupy.compiler() is None, reason="no C++ compiler to run the CUDA C++ with")
 
 
 @needs_compiler
 @pytest.mark.skipif(in_child, reason="this process is the child")
-@pytest.mark.parametrize("tf32", ["0", "1"])
-def test_implementation_tests_on_the_stand_in(tf32):
-    """The one body of all implementations, for cupy.gemm; also with the variable that turns CuPy's TF32 on."""
+@pytest.mark.parametrize(
+    ("files", "part", "tf32", "at_least"),
+    [
+        pytest.param(["test_implementations.py"], "cupy.gemm", "0", 250, id="conv2d"),
+        pytest.param(FAMILY, "cupy", "0", 850, id="family"),
+        pytest.param(["test_implementations.py", "test_family.py"], "cupy.gemm and unit_b", "1", 20, id="tf32"),
+    ],
+)
+def test_implementation_tests_on_the_stand_in(files, part, tf32, at_least):
+    """The one body of all implementations, on the stand-in; also with the variable that turns CuPy's TF32 on."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "fake_cupy"]
-    command += [str(TESTS / "test_implementations.py"), "-k", "cupy.gemm" if tf32 == "0" else "cupy.gemm and unit_b"]
+    command += [*(str(TESTS / file) for file in files), "-k", part]
     child = subprocess.run(
         command, env=FAKE | {"CUPY_TF32": tf32}, capture_output=True, text=True, check=False, cwd=TESTS.parent
     )
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
     passed = re.search(r"(\d+) passed", child.stdout)
     assert passed is not None, child.stdout[-2000:]
-    assert int(passed[1]) >= (250 if tf32 == "0" else 10), child.stdout[-2000:]
+    assert int(passed[1]) >= at_least, child.stdout[-2000:]
 
 
 @needs_compiler

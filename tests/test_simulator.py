@@ -21,11 +21,23 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("this process is the simulator", allow_module_level=True)
 
 
-# Two halves, so that two processes of a parallel run share them.
-@pytest.mark.parametrize(("half", "at_least"), [("test_agrees", 110), ("not test_agrees", 45)])
-def test_kernels_in_the_simulator(half, at_least):
+FAMILY = ("test_gradients.py", "test_patches.py", "test_conv1d.py", "test_prepared.py")
+
+
+# In parts, so that the processes of a parallel run share them.
+@pytest.mark.parametrize(
+    ("files", "part", "at_least"),
+    [
+        pytest.param(["test_implementations.py"], "test_agrees", 110, id="agreement"),
+        pytest.param(["test_implementations.py"], "not test_agrees", 45, id="more"),
+        pytest.param(["test_family.py"], "test_agrees", 100, id="family_agreement"),
+        pytest.param(["test_family.py"], "not test_agrees", 60, id="family_more"),
+        pytest.param(FAMILY, "", 75, id="relatives"),
+    ],
+)
+def test_kernels_in_the_simulator(files, part, at_least):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += [str(TESTS / "test_implementations.py"), "-k", f"numba_cuda and {half}"]
+    command += [*(str(TESTS / file) for file in files), "-k", f"numba_cuda and {part}" if part else "numba_cuda"]
     child = subprocess.run(command, env=SIMULATOR, capture_output=True, text=True, check=False, cwd=TESTS.parent)
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
     passed = re.search(r"(\d+) passed", child.stdout)

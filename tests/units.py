@@ -186,13 +186,14 @@ def arranged(
     return memory[covered].transpose(inverse)[turned], memory
 
 
-def forms() -> list[tuple[str, tuple[int, ...], tuple[int, ...], int]]:
+def forms(ndim: int = 4) -> list[tuple[str, tuple[int, ...], tuple[int, ...], int]]:
     """Every permutation, every choice of signs, and steps, with the name that a failure shows."""
-    plain, ones = (0, 1, 2, 3), (1, 1, 1, 1)
+    plain, ones, turned = tuple(range(ndim)), (1,) * ndim, tuple(axis for axis in (3, 1, 0, 2) if axis < ndim)
     found = [(f"order {order}", order, ones, 0) for order in itertools.permutations(plain)]
-    found += [(f"signs {signs}", plain, signs, 0) for signs in itertools.product((1, -1), repeat=4)]
+    found += [(f"signs {signs}", plain, signs, 0) for signs in itertools.product((1, -1), repeat=ndim)]
     steps = [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2), (2, 3, 2, 3), (1, -2, 3, -1), (-3, 1, -2, -2)]
-    found += [(f"steps {step} in {order}", order, step, 1) for step in steps for order in (plain, (3, 1, 0, 2))]
+    for step in dict.fromkeys(step[:ndim] for step in steps):
+        found += [(f"steps {step} in {order}", order, step, 1) for order in (plain, turned)]
     return found
 
 
