@@ -268,7 +268,7 @@ ROWS = (
     _row("depthwise_causal", (1, 5, 9), (5, 1, 4), bias=5, groups=5, padding=(3, 0)),
     _row("same_stride_2", (1, 2, 7), (2, 2, 4), stride=2, padding="same"),
     _row("same_lower", (1, 2, 8), (2, 2, 4), stride=3, padding="same_lower"),
-    _row("padding_value", (1, 2, 5), (2, 2, 3), padding=(0, 3), padding_value=2),
+    _row("padding_value", (1, 2, 5), (2, 2, 3), padding=(0, 3), padding_value=1),
     _row("reflect", (1, 2, 5), (2, 2, 3), padding=(3, 1), padding_mode="reflect"),
     _row("circular", (1, 2, 3), (2, 2, 3), padding=5, padding_mode="circular"),
     _row("nlc_kio", (2, 9, 3), (3, 3, 4), "smoke", bias=4, layout="NLC", kernel_layout="KIO", stride=2),

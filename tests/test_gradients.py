@@ -328,7 +328,10 @@ def test_bias_gradient_of_every_memory_form_and_of_nan():
     y[1, 1, 3, 4] = np.nan
     assert np.isnan(gpuconv.grad.conv2d_bias(y)).tolist() == [False, True, False]
     assert gpuconv.grad.conv2d_bias(y[:0]).tolist() == [0, 0, 0]
-    # a sum of complex numbers, not of products with 1 + 0j, where an infinity meets the zero
+
+
+def test_bias_gradient_of_a_complex_infinity():
+    """A sum, not one of products with 1 + 0j, where the infinity would meet a zero."""
     y = np.array([complex(np.inf, 1), complex(2, 3)]).reshape(1, 1, 2, 1)
     assert gpuconv.grad.conv2d_bias(y).tolist() == [complex(np.inf, 4)]
 

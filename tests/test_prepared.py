@@ -179,8 +179,13 @@ def test_lists_and_zero_points_may_change_afterwards():
     wanted, layer = conv2d(x, k, **options).tolist(), Conv2d(k, **options)
     points[...] = 77
     assert layer(x).tolist() == wanted
+
+
+def test_a_zero_point_in_an_array_may_change_afterwards():
+    case = BY_NAME["zero_point_per_channel"]
+    x, k, _ = given(case, "uint8")
     point = np.array(7, np.uint8)
-    options |= {"x_zero_point": point, "k_zero_point": 1}
+    options = dict(case.kwargs) | {"x_zero_point": point}
     wanted, layer = conv2d(x, k, **options).tolist(), Conv2d(k, **options)
     point[...] = 9
     assert layer(x).tolist() == wanted
