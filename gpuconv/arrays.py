@@ -47,7 +47,7 @@ def output(call: str, out: Any) -> Operand:
     if not shares:
         raise TypeError(f"{call}: out must be an array to write the result to; got {type(out).__name__}")
     interface = None if _is_torch(out) else getattr(out, "__cuda_array_interface__", None)
-    if interface is not None and interface["data"][1]:
+    if interface is not None and (interface.get("data") or (0, False))[1]:
         raise ValueError(f"{call}: out is read-only")
     if _is_torch(out) and (out.is_conj() or out.is_neg()):
         raise ValueError(f"{call}: out is a conjugate or negative view; pass the tensor it is a view of")
@@ -82,7 +82,7 @@ def operand(call: str, name: str, value: Any) -> Operand:
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
         return _from_dlpack(call, name, value)
     if hasattr(value, "__cuda_array_interface__"):
-        return _on_gpu(call, name, _cupy(call, name).asarray(value))
+        return _from_interface(call, name, value)
     numbers = isinstance(value, (list, tuple, range)) or np.isscalar(value)
     if not (numbers or hasattr(value, "__array__") or hasattr(value, "__array_interface__")):
         try:
@@ -94,6 +94,17 @@ def operand(call: str, name: str, value: Any) -> Operand:
     except ValueError as error:
         raise ValueError(f"{call}: {name} cannot become an array: {error}") from None
     return _host(call, name, array)
+
+
+def _from_interface(call: str, name: str, value: Any) -> Operand:
+    if value.__cuda_array_interface__.get("mask") is not None:
+        raise TypeError(f"{call}: {name} is a masked array; fill or drop its masked elements first")
+    library = _cupy(call, name)
+    try:
+        array = library.asarray(value)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TypeError(f"{call}: {name} cannot be read through __cuda_array_interface__: {error}") from error
+    return _on_gpu(call, name, array)
 
 
 def _from_dlpack(call: str, name: str, value: Any) -> Operand:
@@ -264,6 +275,17 @@ def wait_for(stream: Any, device: int) -> None:
         with cupy.cuda.Device(device):
             event = stream.record(cupy.cuda.Event(disable_timing=True))
         current.wait_event(event)
+
+
+def hand_back(stream: Any, device: int) -> None:
+    """Make ``stream`` of ``device`` wait, on the GPU, for what CuPy's current stream has been given so far."""
+    import cupy
+
+    current = cupy.cuda.get_current_stream()
+    if stream.ptr != current.ptr:
+        event = current.record(cupy.cuda.Event(disable_timing=True))
+        with cupy.cuda.Device(device):
+            stream.wait_event(event)
 
 
 class _DeviceAndStream:

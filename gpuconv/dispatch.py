@@ -132,17 +132,18 @@ def choose(call: str, problem: Conv2dProblem, target: Target, backend: str | Non
             ops = ", ".join(sorted({op for name in named for op in implementation(name).OPS}))
             raise NoBackendError(f"{call}: {backend} has no implementation of {problem.op}; it serves {ops}")
     rejected: list[tuple[str, tuple[str, ...]]] = []
-    shortage: MemoryError | None = None
+    shortage = ""  # the first error's text: the error itself would hold this frame, and the caller's arrays with it
     for name in names:
         try:
             plan, found = attempt(name, problem, target, limit)
         except MemoryError as error:
-            shortage, found = shortage or error, [str(error)]
+            found = [str(error)]
+            shortage = shortage or found[0]
         else:
             if plan is not None:
                 return Choice(name, plan, why if not rejected else "the first that can run", tuple(rejected))
         rejected.append((name, tuple(found)))
-    if shortage is not None:
+    if shortage:
         raise MemoryError(f"{call}: {shortage}")
     lines = [f"    {name}: {reason}" for name, found in rejected for reason in found]
     raise NoBackendError("\n".join([f"{call}: nothing can run {problem} on {target}", *lines]))

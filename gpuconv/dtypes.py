@@ -6,6 +6,7 @@ holds such a type is not installed.
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,20 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
         name = ml_dtypes.bfloat16
     result: np.dtype[Any] = np.dtype(name)
+    return result
+
+
+def rounded(value: complex, name: str) -> complex:
+    """``value`` as a number that ``name`` holds; bfloat16 by its bits, so that it takes no other library."""
+    if is_integer(name) or value == 0 or name in ("float64", "complex128"):
+        return value
+    if name == "bfloat16":
+        if value != value or abs(value) == float("inf"):
+            return value
+        (bits,) = struct.unpack("<I", struct.pack("<f", value))
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000  # to nearest, ties to even
+        return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+    result: complex = np.dtype(name).type(value).item()
     return result
 
 

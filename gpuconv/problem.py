@@ -143,8 +143,10 @@ class Conv2dProblem:
 
     @property
     def fill(self) -> complex:
-        """The value of a constant padded pixel: with zero points it equals x's, and so contributes nothing."""
-        return self.x_zero_point or self.padding_value
+        """The value of a constant padded pixel, a number of x's dtype: with zero points it equals x's, and so adds
+        nothing.
+        """
+        return self.x_zero_point or dtypes.rounded(self.padding_value, self.x_dtype)
 
     @property
     def result_size(self) -> int:
@@ -357,7 +359,7 @@ def check_choice(call: str, name: str, value: Any, accepted: tuple[str | None, .
 
 def _padding_value(call: str, value: Any, x_dtype: str) -> complex:
     """``value`` as a Python number that x's dtype can hold."""
-    if isinstance(value, int) and value.bit_length() > 63:  # NumPy would make an object of it
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:  # NumPy would make an object of it
         if dtypes.is_integer(x_dtype) or value.bit_length() > 1023:
             raise ValueError(f"{call}: padding_value is beyond the range of {x_dtype}; got {_shown(value)}")
         value = float(value)

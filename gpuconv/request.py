@@ -14,6 +14,7 @@ from gpuconv import arrays, dispatch, dtypes, geometry, layouts, schedule
 from gpuconv.arrays import Array, Operand
 from gpuconv.backends.phases import fill_with_bias
 from gpuconv.backends.protocol import Operands
+from gpuconv.errors import NoBackendError
 from gpuconv.problem import Conv2dProblem, check_choice, check_zero_point
 
 
@@ -180,8 +181,21 @@ def compute(
     pointer = arrays.stream_pointer(call, stream)
     target = dispatch.resolve(call, device, backend, home, stacklevel=4)
     choice = dispatch.choose(call, problem, target, backend, limit)
-    y = execute(request, choice, target, given, pointer, keeper)
-    return arrays.deliver(y, request.first) if out is None else out
+    shortage = ""
+    while True:
+        try:
+            y = execute(request, choice, target, given, pointer, keeper)
+            return arrays.deliver(y, request.first) if out is None else out
+        except MemoryError as error:
+            shortage = shortage or str(error)
+        # Memory is shorter than the limit says: smaller chunks, or an implementation that needs less.
+        try:
+            smaller = dispatch.choose(call, problem, target, backend, choice.plan.workspace // 4)
+        except (MemoryError, NoBackendError):
+            smaller = choice
+        if smaller.plan.workspace >= choice.plan.workspace:
+            raise MemoryError(f"{call}: {shortage}")
+        choice = smaller
 
 
 def check_result(call: str, request: Request, out: Any) -> Operand | None:
@@ -245,7 +259,7 @@ def execute(
         in_place = out is not None and home == ordinal
         y = out if in_place else _empty(request.shape, dtypes.numpy_dtype(problem.y_dtype), ordinal)
         result = _view(problem, 2, y if request.lift is None else request.lift(y))
-        bias = kept("bias", lambda: moved(request.bias))
+        bias = kept(("bias", problem.y_dtype), lambda: _cast_bias(moved(request.bias), problem))
         points = request.k_zero_point
         if points is not None:
             points = np.broadcast_to(points, (problem.O,)).astype(np.int64)
@@ -266,6 +280,10 @@ def execute(
             implementation.run(choice.plan, operands, result)
         elif problem.result_size:
             fill_with_bias(problem, bias, result)
+        for operand, source in sources:
+            if operand is not None and operand.device is not None and place is not None:
+                # The caller may free an operand on its own stream as soon as the call returns.
+                arrays.hand_back(source, operand.device)
         if home == ordinal:
             return y
         y = arrays.to_host(y) if home is None else arrays.to_device(y, home)
@@ -273,6 +291,14 @@ def execute(
             return y
         out[...] = y
         return out
+
+
+def _cast_bias(bias: Array | None, problem: Conv2dProblem) -> Array | None:
+    """The bias rounded to the result's dtype; sums convert it on to their own."""
+    if bias is None or dtypes.is_integer(problem.y_dtype):
+        return bias
+    with np.errstate(all="ignore"):
+        return bias.astype(dtypes.numpy_dtype(problem.y_dtype), copy=False)
 
 
 # What the first operand, the second and the result of each op are.

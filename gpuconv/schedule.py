@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
 
 DEFAULT_WORKSPACE = 256 * 2**20
 
@@ -35,8 +34,10 @@ def fit(extents: Sequence[int], scratch: Callable[..., int], limit: int, what: s
 
 def blocks(extents: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, ...]]:
     """The slices that cut ``extents`` into blocks of at most ``block``, the last axis fastest."""
-    ranges = [
-        [slice(start, min(start + size, extent)) for start in range(0, extent, size)]
-        for extent, size in zip(extents, block, strict=True)
-    ]
-    yield from product(*ranges)
+    if not extents:
+        yield ()
+        return
+    for start in range(0, extents[0], block[0]):
+        first = slice(start, min(start + block[0], extents[0]))
+        for rest in blocks(extents[1:], block[1:]):
+            yield first, *rest

@@ -1,4 +1,7 @@
-"""Profiles: what is marked ``full`` runs only when -m asks for it; what is marked ``gpu`` needs a usable GPU."""
+"""Profiles: what is marked ``full`` runs only when -m asks for it; what is marked ``gpu`` needs a usable GPU.
+
+``GPUCONV_TEST_EXAMPLES`` is how many examples each property test of the long profile tries.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from hypothesis import HealthCheck, settings
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
 settings.register_profile("quick", max_examples=25, derandomize=True, **_COMMON)
 settings.register_profile("simulator", max_examples=8, derandomize=True, **_COMMON)
-settings.register_profile("deep", max_examples=500, print_blob=True, **_COMMON)
+_EXAMPLES = int(os.environ.get("GPUCONV_TEST_EXAMPLES", "500"))
+settings.register_profile("deep", max_examples=_EXAMPLES, print_blob=True, **_COMMON)
 
 
 def _asks_for_full(config: pytest.Config) -> bool:
@@ -37,5 +41,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         from gpuconv import dispatch
 
         reason = dispatch.implementation("cupy.gemm").unavailable()
+        if os.environ.get("GPUCONV_TEST_FAKE_CUPY") == "1":
+            reason = "a stand-in for CuPy is no GPU"
         if reason is not None:
             pytest.skip(reason)

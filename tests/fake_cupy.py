@@ -129,8 +129,35 @@ def _zeroed_errors(name: str) -> Any:
     return call
 
 
+class OutOfMemoryError(MemoryError):
+    """CuPy's own, which is a MemoryError as well."""
+
+
+class Pool:
+    """The memory is the host's; a limit holds for each array by itself."""
+
+    limit = 0
+
+    def set_limit(self, size: int) -> None:
+        self.limit = size
+
+    def total_bytes(self) -> int:
+        return 0
+
+    def free_all_blocks(self) -> None:
+        pass
+
+    def check(self, size: int) -> None:
+        if 0 < self.limit < size:
+            raise OutOfMemoryError(f"Out of memory allocating {size:,} bytes (limit set to: {self.limit:,} bytes).")
+
+
+POOL = Pool()
+
+
 def modules() -> dict[str, ModuleType]:
     cupy = ModuleType("cupy")
+    cupy.get_default_memory_pool = cupy.get_default_pinned_memory_pool = lambda: POOL
     cupy.asarray = lambda array, blocking=False: np.asarray(array)
     for name in ("ascontiguousarray", "broadcast_to", "int64", "ndarray", "ones", "zeros"):
         setattr(cupy, name, getattr(np, name))
@@ -140,6 +167,7 @@ def modules() -> dict[str, ModuleType]:
     def empty(shape: Any, dtype: Any) -> Any:
         """Poisoned: what is read before it is written shows."""
         array = np.empty(shape, dtype)
+        POOL.check(array.nbytes)
         array.reshape(-1).view(np.uint8)[...] = 0xFF
         return array
 
@@ -150,6 +178,7 @@ def modules() -> dict[str, ModuleType]:
     cupy.cuda = SimpleNamespace(
         Device=Device,
         runtime=runtime,
+        memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
         device=SimpleNamespace(get_cublas_handle=lambda: 0),
         ExternalStream=None,
         get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),

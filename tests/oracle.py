@@ -133,9 +133,10 @@ def conv2d(
     constant = {"constant_values": x_zero_point or padding_value} if mode == "constant" else {}
     x = np.pad(x, ((0, 0), (0, 0), *pads), mode=mode, **constant)
     x, k = extended(x, dtype), extended(k, dtype)
-    if is_integer(dtype):
-        x = x - np.int64(x_zero_point)
-        k = k - np.asarray(k_zero_point, np.int64).reshape(-1, 1, 1, 1)
+    if x_zero_point:
+        x = x - x.dtype.type(x_zero_point)
+    if np.any(k_zero_point):
+        k = k - np.asarray(k_zero_point).astype(k.dtype).reshape(-1, 1, 1, 1)
     if flip:
         k = k[:, :, ::-1, ::-1]
     rows = range(0, x.shape[2] - dh * (KH - 1), sh)

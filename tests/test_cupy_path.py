@@ -23,6 +23,8 @@ FAKE = os.environ | {
     "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
 }
 FAMILY = ("test_family.py", "test_gradients.py", "test_patches.py", "test_conv1d.py", "test_prepared.py")
+KNOWN_BUGS = ("test_known_bugs.py", "test_known_bugs_family.py", "test_large_extents.py")
+PROPERTIES = ("test_properties.py", "test_properties_family.py")
 in_child = os.environ.get("GPUCONV_TEST_FAKE_CUPY") == "1"
 needs_compiler = pytest.mark.skipif(fake_cupy.compiler() is None, reason="no C++ compiler to run the CUDA C++ with")
 
@@ -32,9 +34,11 @@ needs_compiler = pytest.mark.skipif(fake_cupy.compiler() is None, reason="no C++
 @pytest.mark.parametrize(
     ("files", "part", "tf32", "at_least"),
     [
-        pytest.param(["test_implementations.py"], "cupy.gemm", "0", 250, id="conv2d"),
+        pytest.param(["test_implementations.py"], "cupy.gemm", "0", 230, id="conv2d"),
         pytest.param(FAMILY, "cupy", "0", 850, id="family"),
         pytest.param(["test_implementations.py", "test_family.py"], "cupy.gemm and unit_b", "1", 20, id="tf32"),
+        pytest.param(KNOWN_BUGS, "cupy.gemm or pool", "0", 50, id="known_bugs"),
+        pytest.param(PROPERTIES, "not arguments", "0", 8, id="properties"),
     ],
 )
 def test_implementation_tests_on_the_stand_in(files, part, tf32, at_least):

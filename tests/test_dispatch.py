@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -373,6 +374,32 @@ def test_plans_are_kept_and_bounded():
     gpuconv.clear()
     assert info().currsize == 0
     assert np.array_equal(conv2d(X, K), oracle.answer(X, K).y)
+
+
+@pytest.mark.parametrize("calls", [400, pytest.param(10_000, marks=pytest.mark.full)])
+def test_varied_calls_do_not_make_the_process_grow(calls):
+    """Neither plans nor arrays pile up: every call is another problem, served or refused, as shapes come and go."""
+    rng = np.random.default_rng(0)
+
+    def varied(count: int) -> None:
+        for _ in range(count):
+            C, O, H, W = map(int, rng.integers(1, 9, 4))
+            x, k = np.ones((1, C, H + 3, W + 3), rng.choice(["f4", "f2", "i1"])), np.ones((O, C, 3, 3), np.float32)
+            arguments = {"stride": int(rng.integers(1, 4)), "padding": int(rng.integers(3)), "bias": np.ones(O)}
+            conv2d(x, k, **arguments, backend=str(rng.choice(CPU_NAMES)))
+            with pytest.raises(ValueError, match="channels"):
+                conv2d(x, np.ones((O, C + 1, 3, 3)), **arguments)
+
+    def objects() -> int:
+        gpuconv.clear()
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    varied(calls // 2)
+    before = objects()
+    varied(calls)
+    grown = objects() - before
+    assert grown < 1000, f"{grown} objects more after {calls} calls"
 
 
 def test_a_problem_with_nan_padding_is_found_again():

@@ -1,5 +1,6 @@
 """What the documentation shows is run: the examples in the docstrings, and the README's code from top to bottom."""
 
+import ast
 import doctest
 import importlib
 import pkgutil
@@ -151,3 +152,16 @@ def test_a_wrong_block_is_noticed_with_its_line(capsys):
     with pytest.raises(ZeroDivisionError) as error:
         run_blocks([Block(40, "\n1 / 0\n", None)], "SAMPLE")
     assert error.traceback[-1].lineno + 1 == 41
+
+
+def test_security_promise_that_nothing_is_evaluated_or_unpickled():
+    forbidden = {"eval", "exec", "compile", "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+    sources = sorted(Path(gpuconv.__file__).parent.rglob("*.py"))
+    assert len(sources) > 20
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text())):
+            used = {alias.name for alias in node.names} if isinstance(node, (ast.Import, ast.ImportFrom)) else set()
+            used |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
+            used |= {node.func.id} if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else set()
+            found = {name.partition(".")[0] for name in used} & forbidden
+            assert not found, f"{path.name}:{node.lineno} uses {found}"

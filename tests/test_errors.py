@@ -19,10 +19,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gpuconv import conv2d, explain
+from gpuconv import conv2d, dispatch, explain
 
 X, K = (8, 6, 4096, 4096), (12, 6, 3, 3)
-SMALL_PEAK = 256 * 1024
+SMALL_PEAK = 32 * 1024  # bytes; the longest message takes 11,000
 DIGITS = 10**5000  # more digits than Python agrees to print
 
 
@@ -344,11 +344,32 @@ def refused(function: Callable[..., Any], call: Bad) -> None:
         assert peak < SMALL_PEAK, f"{peak} bytes were allocated before the refusal"
 
 
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    """Entering an implementation is an error of the test, and not one that a refusal could be taken for."""
+
+    def started(*arguments: Any) -> None:
+        raise SystemError("an implementation was started")
+
+    for name in dispatch.TABLE:
+        monkeypatch.setattr(dispatch.implementation(name), "run", started)
+
+
 def test_there_are_many_of_them():
     names = [call.name for call in BAD]
-    assert len(names) == len(set(names)) >= 60
+    assert len(names) == len(set(names))
+    refusals = [call for call in BAD if call.error in (V, T)]
+    assert len(refusals) >= 300, "none lost to a loop over nothing"
+    assert all(call.says for call in refusals), "each says the argument, its value or the rule"
 
 
+def test_a_good_call_would_have_been_started(nothing_runs):
+    """What the refusals below show by its absence."""
+    with pytest.raises(SystemError, match="was started"):
+        conv2d(np.ones((3, 3)), np.ones((2, 2)))
+
+
+@pytest.mark.usefixtures("nothing_runs")
 @pytest.mark.parametrize("call", BAD, ids=lambda call: call.name)
 def test_conv2d_refuses(call):
     refused(conv2d, call)
@@ -359,6 +380,7 @@ def test_explain_refuses_the_same(call):
     refused(explain, call)
 
 
+@pytest.mark.usefixtures("nothing_runs")
 @pytest.mark.parametrize("who", ["x", "k"])
 def test_foreign_byte_order_is_converted_after_the_checks(who):
     shape = {"x": (1, 6, 2048, 2048), "k": (2048, 6, 32, 32)}[who]

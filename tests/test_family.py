@@ -19,7 +19,7 @@ import pytest
 import units
 from cases import DTYPES, Case
 from family import CALLS, FAMILY, FamilyCase
-from test_implementations import SIMULATED, home, simulated, skip_in_simulator, skip_unless_usable
+from running import SIMULATED, home, simulated, skip_in_simulator, skip_unless_usable
 
 import gpuconv
 from gpuconv import dispatch

@@ -17,8 +17,8 @@ from cases import BYTES, Case
 from family import FORWARD, FamilyCase, Shapes
 from hypothesis import given
 from hypothesis import strategies as st
+from running import home, skip_in_simulator, skip_unless_usable
 from test_family import chosen, every_implementation_of, runner
-from test_implementations import home, problems, skip_in_simulator, skip_unless_usable
 
 import gpuconv
 from gpuconv import dispatch
@@ -359,6 +359,38 @@ def test_transpose_is_the_input_gradient_and_a_bias(name, call, dtype):
 
 
 # ---- any problem
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Case, str]:
+    """Any forward problem of a few hundred products per output, valid by construction."""
+    groups, I, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    kernel, strides, dilations = (draw(st.tuples(st.integers(1, 4), st.integers(1, 4))) for _ in range(3))
+    dilations = tuple(1 + d // 2 for d in dilations)
+    padding = draw(
+        st.sampled_from(["valid", "same", "same_lower", "full"])
+        | st.integers(0, 4)
+        | st.tuples(*[st.tuples(st.integers(0, 4), st.integers(0, 4))] * 2)
+    )
+    explicit = padding if not isinstance(padding, str) else 0
+    pads = oracle.resolve_padding(explicit, (1, 1), kernel, strides, dilations)
+    least = [max(1, d * (k - 1) + 1 - sum(pad)) for k, d, pad in zip(kernel, dilations, pads, strict=True)]
+    H, W = (draw(st.integers(low, low + 6)) for low in least)
+    N, C, O = draw(st.integers(0, 2)), groups * I, groups * per_group
+    dtype = draw(st.sampled_from(cases.DTYPES))
+    kwargs = {
+        "stride": strides,
+        "padding": padding,
+        "dilation": dilations,
+        "groups": groups,
+        "flip": draw(st.booleans()),
+        "layout": draw(st.sampled_from(["NCHW", "NHWC"])),
+        "kernel_layout": draw(st.sampled_from(["OIHW", "HWIO", "OHWI"])),
+    }
+    KH, KW = kernel
+    x_shape = (N, C, H, W) if kwargs["layout"] == "NCHW" else (N, H, W, C)
+    k_shape = {"OIHW": (O, I, KH, KW), "HWIO": (KH, KW, I, O), "OHWI": (O, KH, KW, I)}[kwargs["kernel_layout"]]
+    return Case(f"{x_shape} with {k_shape}: {kwargs}", x_shape, k_shape, kwargs, bias=draw(st.booleans())), dtype
 
 
 @st.composite

@@ -7,9 +7,7 @@ implementation: two results within the bound of a third may be twice the bound a
 
 from __future__ import annotations
 
-import functools
 import itertools
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,79 +17,20 @@ import oracle
 import pytest
 import units
 from cases import BY_NAME, CASES, DTYPES, Case
-from hypothesis import given
-from hypothesis import strategies as st
-
-import gpuconv
-from gpuconv import dispatch
-
-# These serve every valid problem; the others may refuse one, with reasons.
-SERVE_EVERYTHING = ("numba_cuda.direct", "numpy.reference")
-SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-# More than two seconds each in the simulator, which gives every CUDA thread a thread of Python.
-SLOW_IN_SIMULATOR = (
-    "long_sum", "channels_17_to_33", "channels_33_to_5", "channels_3_to_65", "one_more_than_a_tile", "grouped",
-    "grouped_everything", "wrap_grouped_strided", "depthwise_stride_flip",
+from running import (
+    FORWARD,
+    SIMULATOR_MARKS,
+    SLOW_IN_SIMULATOR,
+    device_of,
+    every_implementation,
+    home,
+    runner,
+    share,
+    simulated,
+    skip_in_simulator,
 )  # fmt: skip
-if SIMULATED:
-    # Kernels run as Python there: NumPy warns where a GPU's numbers wrap or become NaN without a word.
-    pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in scalar:RuntimeWarning")
 
-every_implementation = pytest.mark.parametrize("name", dispatch.serving("forward"))
-
-
-def skip_unless_usable(name: str) -> None:
-    reason = dispatch.implementation(name).unavailable()
-    if reason is not None:
-        pytest.skip(reason)
-
-
-def simulated(name: str) -> bool:
-    return SIMULATED and name.startswith("numba_cuda")
-
-
-def skip_in_simulator(name: str) -> None:
-    if simulated(name):
-        pytest.skip("too much work for the CUDA simulator")
-
-
-def share(name: str, items: Any, step: int) -> list[Any]:
-    """All of ``items``; in the simulator every ``step``-th, of cases those that are not slow there."""
-    if not simulated(name):
-        return list(items)
-    return [item for item in items if getattr(item, "name", "") not in SLOW_IN_SIMULATOR][::step]
-
-
-def runner(name: str) -> units.Run:
-    """``conv2d`` on one implementation; a refusal by one that need not serve everything skips the test."""
-    skip_unless_usable(name)
-
-    def run(*operands: Any, **kwargs: Any) -> Any:
-        try:
-            return gpuconv.conv2d(*operands, backend=name, **kwargs)
-        except gpuconv.NoBackendError as refusal:
-            if name in SERVE_EVERYTHING:
-                raise
-            # without the line of the problem, so that pytest folds equal reasons
-            pytest.skip(str(refusal).partition("\n")[2].strip())
-
-    return run
-
-
-@functools.cache
-def gpu_arrays() -> Any:
-    """CuPy where it is usable, else None."""
-    if dispatch.implementation("cupy.gemm").unavailable() is not None:
-        return None
-    import cupy
-
-    return cupy
-
-
-def home(name: str, dtype: str = "float32") -> Any:
-    """The array library of the device that ``name`` runs on; bfloat16 arrays stay on the host."""
-    on_gpu = dispatch.DEVICES[dispatch.library_of(name)] == "cuda" and not SIMULATED and dtype != "bfloat16"
-    return gpu_arrays() or np if on_gpu else np
+pytestmark = SIMULATOR_MARKS
 
 
 def is_quick(name: str, case: Case, dtype: str) -> bool:
@@ -104,7 +43,7 @@ def is_quick(name: str, case: Case, dtype: str) -> bool:
 
 def agreements() -> list[Any]:
     params = []
-    for name, case, dtype in itertools.product(dispatch.serving("forward"), CASES, DTYPES):
+    for name, case, dtype in itertools.product(FORWARD, CASES, DTYPES):
         if case.accepts(dtype):
             marks = () if is_quick(name, case, dtype) else pytest.mark.full
             params.append(pytest.param(name, case, dtype, id=f"{name}-{case.name}-{dtype}", marks=marks))
@@ -131,22 +70,6 @@ def test_nan_and_inf_reach_the_windows_that_read_them(name, dtype):
                 units.check_specials(run, case, dtype, value, home(name, dtype))
 
 
-@pytest.mark.parametrize("channels", [3, 128, 300])
-@every_implementation
-def test_inf_stays_inf(name, channels):
-    """Not NaN, as where a sum is split and one part's Inf meets another's."""
-    if channels > 3:
-        skip_in_simulator(name)
-    run = runner(name)
-    x, k = np.ones((1, channels, 4, 4), np.float32), np.ones((2, channels, 3, 3), np.float32)
-    for channel, value in itertools.product((0, channels // 2, channels - 1), (np.inf, -np.inf)):
-        x[...] = 1
-        x[0, channel, 0, 1] = value
-        y = units.to_host(run(x, k))
-        assert np.all(y[0, :, 0] == value), f"channel {channel}: {y[0, :, 0]}, not {value}"
-        assert np.all(y[0, :, 1] == 9 * channels)
-
-
 @every_implementation
 def test_inf_of_either_sign_in_one_window_is_nan(name):
     run = runner(name)
@@ -162,12 +85,6 @@ def test_inf_of_either_sign_in_one_window_is_nan(name):
         y = units.to_host(run(np.ones((1, 2, 4, 4), np.float32), k))
         assert np.all(y[0, 0] == 18)
         assert np.array_equal(y[0, 1], np.full((2, 2), value, np.float32), equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@every_implementation
-def test_16_bit_sums_are_kept_in_float32(name, dtype):
-    units.check_cancelling(runner(name), dtype)
 
 
 @every_implementation
@@ -232,29 +149,29 @@ def test_memory_forms_of_out(name, dtype):
             assert units.to_host(memory).tobytes() == before, f"{case.name} {dtype} out with {text}: the gaps changed"
 
 
+# ---- padding values
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "k_dtype"),
+    [("float16", "float32"), ("bfloat16", "float64"), ("float32", "float64"), ("complex64", "complex128")],
+)
 @every_implementation
-def test_stepped_and_broadcast_operands(name):
+def test_a_padded_pixel_is_a_number_of_the_type_of_x(name, x_dtype, k_dtype):
+    """0.1 around a float16 image is float16's 0.1, whatever the sum is kept in."""
     run = runner(name)
-    x, k = fixed((2, 3, 5, 6), (4, 3, 4, 4))
-    overlapping = np.lib.stride_tricks.sliding_window_view(x[0], 2, axis=0).transpose(0, 3, 1, 2)
-    views = {
-        "k[:, :, ::2, ::2]": (x, k[:, :, ::2, ::2]),
-        "k of one filter": (x, np.broadcast_to(k[:1], k.shape)),
-        "k[:, :, ::-2, 1::2]": (x, k[:, :, ::-2, 1::2]),
-        "k of one row": (x, np.broadcast_to(k[..., :1, :], k.shape)),
-        "x of one image": (np.broadcast_to(x[:1], x.shape), k),
-        "k of one number": (x, np.broadcast_to(k[0, 0, 0, 0], (4, 3, 2, 2))),
-        "overlapping images": (overlapping, k[:, :2, :2, :2]),
-        "x of one pixel": (np.broadcast_to(x[:, :, :1, :1], x.shape), k),
-        "Fortran order": (np.asfortranarray(x), np.asfortranarray(k)),
-        "x of one number": (np.broadcast_to(np.float32(3), x.shape), k),
-        "x and k of the same memory": (x[:, :, :4, :4], x[:, :, :4, :4]),
-        "read-only": (x.view(), k.view()),
-    }
-    for array in views["read-only"]:
-        array.flags.writeable = False
-    for text, (image, kernel) in share(name, views.items(), 2):
-        units.assert_close(run(image, kernel), oracle.answer(image.copy(), kernel.copy()), text)
+    x, k = np.ones((1, 1, 2, 2), cases.numpy_dtype(x_dtype)), np.ones((2, 1, 3, 3), k_dtype)
+    for kwargs in ({"padding": 2, "padding_value": 0.1}, {"padding": "same", "padding_value": np.float32(1.1)}):
+        units.assert_close(run(x, k, **kwargs), oracle.answer(x, k, **kwargs), str(kwargs))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64"])
+@every_implementation
+def test_padding_values_take_the_whole_range_of_x(name, dtype):
+    run = runner(name)
+    for value in (np.iinfo(dtype).min, np.iinfo(dtype).max):
+        y = run(np.ones((1, 1), dtype), np.ones((1, 1), np.int64), padding=1, padding_value=int(value))
+        assert units.to_host(y).tolist() == [[value] * 3, [value, 1, value], [value] * 3]
 
 
 # ---- the same bits
@@ -330,7 +247,7 @@ def test_unit_b(name, channels, kernel, dtype, record_property):
     record_property("unit_b_normal", normal)
     record_property("unit_b_positive", positive)
     assert normal <= 10
-    if dispatch.DEVICES[dispatch.library_of(name)] == "cpu":
+    if device_of(name) == "cpu":
         # A GPU's matrix products keep one sum per output: reported, not judged.
         assert positive <= 150
 
@@ -405,74 +322,3 @@ def test_asked_for_dtype(name, given_dtype, asked):
         bias = np.array([1, 0, -3, 1, 2, 0, 1][: len(k)])
         answer = oracle.answer(x, k, bias, dtype=cases.numpy_dtype(asked), **case.kwargs)
         units.assert_close(run(x, k, bias, dtype=cases.numpy_dtype(asked), **case.kwargs), answer, case.name)
-
-
-# ---- extents
-
-
-@every_implementation
-def test_more_images_and_channels_than_a_grid_axis_holds(name):
-    skip_in_simulator(name)
-    run = runner(name)
-    x = np.arange(70_000, dtype=np.float32)
-    k = np.full((1, 1, 1, 1), 2, np.float32)
-    assert np.array_equal(units.to_host(run(x.reshape(-1, 1, 1, 1), k)).ravel(), 2 * x)
-    y = run(x.reshape(1, -1, 1, 1), np.broadcast_to(k, (70_000, 1, 1, 1)), groups=70_000)
-    assert np.array_equal(units.to_host(y).ravel(), 2 * x)
-    y = run(x.reshape(1, 1, -1, 1), np.ones((1, 1, 1, 3), np.float32), padding=((0, 0), (1, 1)))
-    assert np.array_equal(units.to_host(y).ravel(), x)
-
-
-@every_implementation
-def test_one_by_one_kernel_keeps_the_stride(name):
-    ramp = np.arange(1, 10, dtype=np.float32).reshape(3, 3)
-    assert units.to_host(runner(name)(ramp, [[1]], stride=2)).tolist() == [[1, 3], [7, 9]]
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[Case, str]:
-    """Any problem of a few hundred products per output, valid by construction."""
-    groups, I, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    kernel, strides, dilations = (draw(st.tuples(st.integers(1, 4), st.integers(1, 4))) for _ in range(3))
-    dilations = tuple(1 + d // 2 for d in dilations)
-    padding = draw(
-        st.sampled_from(["valid", "same", "same_lower", "full"])
-        | st.integers(0, 4)
-        | st.tuples(*[st.tuples(st.integers(0, 4), st.integers(0, 4))] * 2)
-    )
-    explicit = padding if not isinstance(padding, str) else 0
-    pads = oracle.resolve_padding(explicit, (1, 1), kernel, strides, dilations)
-    least = [max(1, d * (k - 1) + 1 - sum(pad)) for k, d, pad in zip(kernel, dilations, pads, strict=True)]
-    H, W = (draw(st.integers(low, low + 6)) for low in least)
-    N, C, O = draw(st.integers(0, 2)), groups * I, groups * per_group
-    dtype = draw(st.sampled_from(DTYPES))
-    kwargs = {
-        "stride": strides,
-        "padding": padding,
-        "dilation": dilations,
-        "groups": groups,
-        "padding_mode": draw(st.sampled_from(["constant", "reflect", "symmetric", "edge", "wrap"])),
-        "flip": draw(st.booleans()),
-        "layout": draw(st.sampled_from(["NCHW", "NHWC"])),
-        "kernel_layout": draw(st.sampled_from(["OIHW", "HWIO", "OHWI"])),
-        "activation": None if dtype in cases.COMPLEX else draw(st.sampled_from([None, "relu"])),
-    }
-    KH, KW = kernel
-    x_shape = (N, C, H, W) if kwargs["layout"] == "NCHW" else (N, H, W, C)
-    k_shape = {"OIHW": (O, I, KH, KW), "HWIO": (KH, KW, I, O), "OHWI": (O, KH, KW, I)}[kwargs["kernel_layout"]]
-    return Case(f"{x_shape} with {k_shape}: {kwargs}", x_shape, k_shape, kwargs, bias=draw(st.booleans())), dtype
-
-
-@every_implementation
-@given(problem=problems(), kind=st.sampled_from(["normal", "wide", "positive"]), into=st.booleans())
-def test_any_problem(name, problem, kind, into):
-    skip_unless_usable(name)
-    case, dtype = problem
-
-    def run(*operands: Any, **kwargs: Any) -> Any:
-        return gpuconv.conv2d(*operands, backend=name, **kwargs)
-
-    try:
-        units.check(run, case, dtype, kind, into=into, xp=home(name, dtype))
-    except gpuconv.NoBackendError:
-        assert name not in SERVE_EVERYTHING

@@ -81,15 +81,13 @@ def vector(name: str) -> Any:
     return types.Array(convert.numba_type(name), 1, "C")
 
 
-def direct_library(tile: direct.Tile, x: str, k: str, y: str, zero_points: bool, conjugate: str | None = None) -> Any:
+def direct_arguments(x: str, k: str, y: str) -> tuple[Any, ...]:
+    """The Numba types of the direct kernel's arguments."""
     from numba.cuda import types
-
-    from gpuconv.backends.numba_cuda import direct_kernel
 
     sums = "float32" if y in ("float16", "bfloat16") else y
     i64, number = types.int64, convert.numba_type(sums)
-    return lowered(
-        direct_kernel.build(tile, x, k, y, zero_points, conjugate),
+    return (
         *(vector(x), *[i64] * 6),
         *(vector(k), *[i64] * 6),
         *(vector(sums), types.boolean, types.boolean),
@@ -99,6 +97,12 @@ def direct_library(tile: direct.Tile, x: str, k: str, y: str, zero_points: bool,
         *[i64] * 8,
         *(number, number, vector(sums)),
     )
+
+
+def direct_library(tile: direct.Tile, x: str, k: str, y: str, zero_points: bool, conjugate: str | None = None) -> Any:
+    from gpuconv.backends.numba_cuda import direct_kernel
+
+    return lowered(direct_kernel.build(tile, x, k, y, zero_points, conjugate), *direct_arguments(x, k, y))
 
 
 def ptx_of(library: Any, cc: tuple[int, int]) -> str:
@@ -149,9 +153,8 @@ WINDOWS = [("unfold", size, size) for size in (1, 2, 4, 8, 16)] + [
 ]
 
 
-@needs_ptxas
-@pytest.mark.parametrize(("op", "x", "y"), WINDOWS)
-def test_patches_kernels_fit_in_registers(op, x, y, tmp_path):
+def patches_body(op: str, x: Any, y: Any) -> tuple[Any, ...]:
+    """The kernel of unfold or fold, and the Numba types of its arguments."""
     from numba.cuda import types
 
     from gpuconv.backends.numba_cuda import patches_kernel
@@ -160,10 +163,14 @@ def test_patches_kernels_fit_in_registers(op, x, y, tmp_path):
     table = vector("int64"), i64, i64
     if op == "unfold":
         elements = vector(patches_kernel.WORDS[x])
-        body = patches_kernel.build_unfold(x)
-        library = lowered(body, elements, *[i64] * 5, elements, *[i64] * 7, *table, *table, *[i64] * 6)
-    else:
-        library = lowered(patches_kernel.build_fold(x, y), vector(x), *[i64] * 7, vector(y), *[i64] * 19)
+        return patches_kernel.build_unfold(x), elements, *[i64] * 5, elements, *[i64] * 7, *table, *table, *[i64] * 6
+    return patches_kernel.build_fold(x, y), vector(x), *[i64] * 7, vector(y), *[i64] * 19
+
+
+@needs_ptxas
+@pytest.mark.parametrize(("op", "x", "y"), WINDOWS)
+def test_patches_kernels_fit_in_registers(op, x, y, tmp_path):
+    library = lowered(*patches_body(op, x, y))
     for cc in ARCHITECTURES:
         figures = assemble(ptx_of(library, cc), cc, tmp_path)
         assert figures["stack"] == figures["spill_stores"] == figures["spill_loads"] == 0, (cc, figures)
@@ -199,3 +206,44 @@ def test_im2col_kernel_compiles(itemsize, cc, tmp_path):
     log = b" " * size
     nvrtc.nvrtcGetProgramLog(program, log)
     assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
+
+
+# ---- 64-bit offsets, for arrays of more than 2^31 elements
+
+
+def direct_body() -> tuple[Any, ...]:
+    from gpuconv.backends.numba_cuda import direct_kernel
+
+    body = direct_kernel.build(direct.WIDE, "float32", "float32", "float32", False, None)
+    return body, *direct_arguments("float32", "float32", "float32")
+
+
+# What counts elements or pixels, and what may be narrow: a thread's number in its block.
+COUNTERS = {
+    "direct": {"at", "pixel", "pixels", "products", "x_base", "row", "column", "tile"},
+    "unfold": {"element", "row", "column", "n", "c"},
+    "fold": {"element", "down", "across", "n", "c"},
+}
+
+
+@needs_ptxas
+@pytest.mark.parametrize("op", COUNTERS)
+def test_kernels_count_in_64_bits(op):
+    from numba.cuda import compiler, types
+
+    makers = {"direct": direct_body, "unfold": lambda: patches_body("unfold", 4, 4)}
+    body, *arguments = makers.get(op, lambda: patches_body("fold", "float32", "float32"))()
+    typemap = compiler.compile_cuda(body, types.void, tuple(arguments), cc=(8, 0)).type_annotation.typemap
+    integers = {name: str(kind) for name, kind in typemap.items() if isinstance(kind, types.Integer) and name[0] != "$"}
+    assert COUNTERS[op] <= integers.keys()
+    narrow = {name.partition(".")[0] for name, kind in integers.items() if kind not in ("int64", "uint64")}
+    assert narrow <= {"t"} if op == "direct" else narrow <= {"ZERO", "value"}
+
+
+def test_the_im2col_kernel_counts_in_64_bits():
+    source = cupy_gemm.IM2COL_SOURCE
+    declared = re.findall(r"\b(?:(?:unsigned|long|short|char|int)\s+)+\*?\w+\s*[=,;)]", source)
+    assert len(declared) > 5
+    assert not [text for text in declared if "long long" not in text and "axis" not in text]
+    assert "blockIdx.x * (long long)blockDim.x" in source
+    assert "(long long)gridDim.x * blockDim.x" in source

@@ -11,8 +11,8 @@ import oracle
 import pytest
 import units
 from family import FamilyCase
+from running import simulated
 from test_family import every_implementation_of, runner
-from test_implementations import simulated
 
 import gpuconv
 from gpuconv import fold, unfold

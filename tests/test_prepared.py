@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import units
 from cases import BY_NAME, CASES, Case
+from running import home, share, skip_unless_usable
 from test_family import every_implementation_of
-from test_implementations import home, share, skip_unless_usable
 
 import gpuconv
 from gpuconv import Conv2d, conv2d, dispatch

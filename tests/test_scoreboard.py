@@ -14,7 +14,7 @@ import pytest
 import units
 from cases import CASES, Case
 from family import FAMILY, FamilyCase
-from test_implementations import runner, simulated
+from running import runner, simulated
 
 from gpuconv import dispatch
 

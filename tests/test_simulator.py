@@ -22,22 +22,26 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
 
 
 FAMILY = ("test_gradients.py", "test_patches.py", "test_conv1d.py", "test_prepared.py")
+KNOWN_BUGS = ("test_known_bugs.py", "test_known_bugs_family.py", "test_large_extents.py")
+PROPERTIES = ("test_properties.py", "test_properties_family.py")
 
 
 # In parts, so that the processes of a parallel run share them.
 @pytest.mark.parametrize(
     ("files", "part", "at_least"),
     [
-        pytest.param(["test_implementations.py"], "test_agrees", 110, id="agreement"),
-        pytest.param(["test_implementations.py"], "not test_agrees", 45, id="more"),
-        pytest.param(["test_family.py"], "test_agrees", 100, id="family_agreement"),
-        pytest.param(["test_family.py"], "not test_agrees", 60, id="family_more"),
-        pytest.param(FAMILY, "", 75, id="relatives"),
+        pytest.param(["test_implementations.py"], "numba_cuda and test_agrees", 110, id="agreement"),
+        pytest.param(["test_implementations.py"], "numba_cuda and not test_agrees", 40, id="more"),
+        pytest.param(["test_family.py"], "numba_cuda and test_agrees", 100, id="family_agreement"),
+        pytest.param(["test_family.py"], "numba_cuda and not test_agrees", 60, id="family_more"),
+        pytest.param(FAMILY, "numba_cuda", 75, id="relatives"),
+        pytest.param(KNOWN_BUGS, "numba_cuda", 43, id="known_bugs"),
+        pytest.param(PROPERTIES, "not arguments", 8, id="properties"),
     ],
 )
 def test_kernels_in_the_simulator(files, part, at_least):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += [*(str(TESTS / file) for file in files), "-k", f"numba_cuda and {part}" if part else "numba_cuda"]
+    command += [*(str(TESTS / file) for file in files), "-k", part]
     child = subprocess.run(command, env=SIMULATOR, capture_output=True, text=True, check=False, cwd=TESTS.parent)
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
     passed = re.search(r"(\d+) passed", child.stdout)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -336,3 +338,47 @@ def test_thinned_fills_have_exact_sums():
                     *_, answer = units.posed(case, dtype, kind)
                     rounded = answer.y.astype(answer.dtype).astype(answer.y.dtype)
                     assert np.array_equal(rounded, answer.y), f"{case.name} {dtype} {kind}"
+
+
+# ---- comparisons that check nothing
+
+COMPARISONS = {"allclose", "array_equal", "array_equiv", "isclose"}
+ORDERED = (ast.Gt, ast.GtE, ast.Lt, ast.LtE)
+
+
+def toothless(source: str) -> list[int]:
+    """The lines where a comparison goes unasserted, or passes when what it compares is NaN."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        value = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(value, ast.Compare) or getattr(getattr(value, "func", None), "attr", None) in COMPARISONS:
+            found.append(node.lineno)
+        test = node.test if isinstance(node, ast.Assert) else None
+        if isinstance(test, ast.UnaryOp) and isinstance(test.operand, ast.Compare):
+            found += [node.lineno] if isinstance(test.operand.ops[0], ORDERED) else []
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ORDERED):
+            first = node.body[0]
+            fails = isinstance(first, ast.Expr) and getattr(getattr(first.value, "func", None), "attr", None) == "fail"
+            raised = first.exc if isinstance(first, ast.Raise) else None
+            fails |= getattr(getattr(raised, "func", raised), "id", None) == "AssertionError"
+            found += [node.lineno] if fails else []
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "a == b", "np.allclose(a, b)", "numpy.testing.x; np.array_equal(a, b)", "assert not error > limit",
+        "if error > limit:\n    pytest.fail('')", "if error >= limit:\n    raise AssertionError",
+        "if error > limit:\n    raise AssertionError('far off')",
+    ],
+)  # fmt: skip
+def test_toothless_comparisons_are_found(source):
+    assert len(toothless(source)) == 1
+
+
+def test_no_comparison_here_goes_unasserted_or_lets_nan_pass():
+    found = {path.name: toothless(path.read_text()) for path in Path(__file__).parent.glob("*.py")}
+    assert len(found) > 20
+    assert not {name: lines for name, lines in found.items() if lines}
+    assert toothless("assert error <= limit") == []
