@@ -94,7 +94,7 @@ def test_negative_strides_of_both_operands(name):
     on = On(name)
     problem = plain((2, 3, 4, 3), (2, 3, 2, 3), padding=((1, 0), (0, 1)))
     some = list(itertools.product(SIGNS, SIGNS))[::5]  # each sign of either, beside many of the other
-    for first, second in share(name, some, 21):
+    for first, second in share(name, some, 30):
         on.check(problem, forms=(((0, 1, 2, 3), first, 1), ((0, 1, 2, 3), second, 1)))
 
 
@@ -106,7 +106,7 @@ def test_strided_and_broadcast_operands_are_not_taken_for_contiguous(name):
     kernels = [k[:, :, ::2, ::2], k[:, :, ::-2, 1::2], np.broadcast_to(k[:1], k.shape), np.asfortranarray(k),
                np.broadcast_to(k[0, 0, 0, 0], (4, 3, 2, 2)), k[:, :, 1:2, 2:3]]  # fmt: skip
     gradients = [g, g[..., ::-1], np.broadcast_to(g[..., :1, :1], g.shape), np.asfortranarray(g)]
-    for kernel, gradient in share(name, itertools.product(kernels, gradients), 5):
+    for kernel, gradient in share(name, itertools.product(kernels, gradients), 13):
         KH, KW = kernel.shape[2:]
         problem = plain((2, 3, 5 + KH - 1, 6 + KW - 1), kernel.shape)
         wanted = backwards(problem, wide(kernel), wide(gradient))
@@ -121,7 +121,7 @@ def test_strided_and_broadcast_operands_are_not_taken_for_contiguous(name):
 @every_implementation
 def test_channel_counts_that_divide_no_tile_read_no_garbage(name, kernel):
     on = On(name)
-    for C, O in share(name, itertools.product((1, 2, 3, 5, 9, 17, 33), repeat=2), 13):
+    for C, O in share(name, itertools.product((1, 2, 3, 5, 9, 17, 33), repeat=2), 40):
         on.check(plain((1, C, 3, 3), (O, C, kernel, kernel), stride=2))
         if C == O and not simulated(name):
             on.check(plain((2, C, 3, 3), (C, 1, kernel, kernel), groups=C, padding=1))
@@ -157,7 +157,7 @@ def test_geometries_that_went_wrong(name):
         plain((2, 6, 7, 6), (4, 3, 3, 2), stride=(3, 2), dilation=(2, 1), padding=(2, 1), groups=2),
         plain((2, 2, 4, 5), (3, 2, 2, 2), stride=cases.HUGE),
     ]
-    for problem in share(name, problems, 2):
+    for problem in share(name, problems, 4):
         on.check(problem)
 
 
@@ -275,7 +275,7 @@ def test_inf_stays_inf(name, channels):
         skip_in_simulator(name)
     on = On(name)
     k = np.ones((channels, 2, 3, 3), np.float32)
-    for channel, value in itertools.product((0, channels // 2, channels - 1), (np.inf, -np.inf)):
+    for channel, value in share(name, itertools.product((0, channels // 2, channels - 1), (np.inf, -np.inf)), 4):
         g = np.ones((1, channels, 2, 2), np.float32)
         g[0, channel, 0, 1] = value
         finite = backwards(plain((1, 2, 4, 4), k.shape), wide(k), np.ones(g.shape))
@@ -295,12 +295,12 @@ def test_inf_stays_inf(name, channels):
 def test_one_nan_reaches_what_reads_it_and_nothing_else(name):
     on = On(name)
     for problem in share(name, (
-        plain((2, 4, 7, 6), (6, 2, 3, 2), stride=(2, 1), padding=(1, 0), groups=2),
-        plain((1, 3, 6, 6), (2, 3, 2, 3), dilation=2, padding=1),
-    ), 1):  # fmt: skip
+        plain((1, 2, 5, 4), (4, 1, 3, 2), stride=(2, 1), padding=(1, 0), groups=2),
+        plain((2, 3, 6, 6), (2, 3, 2, 3), dilation=2, padding=1),
+    ), 2):  # fmt: skip
         rng = np.random.default_rng(2)
         x, k, g = (rng.random(shape).astype("f") + 1 for shape in (problem.sizes, problem.kernel, problem.outputs))
-        for spot in rng.integers(0, 10**6, 3):
+        for spot in share(name, rng.integers(0, 10**6, 4), 3):
             spoilt, at = g.copy(), np.unravel_index(spot % g.size, g.shape)
             spoilt[at] = np.nan
             reached = backwards(problem, wide(k), (spoilt != spoilt).astype(float)) != 0
@@ -328,7 +328,9 @@ def test_16_bit_sums_are_kept_in_float32(name, dtype):
     k = alternating((599, 1, 1, 1), dtype)
     assert float(units.to_host(on.conv_transpose2d(sixteen, k)).item()) == 256
     assert float(units.to_host(on.conv2d_input((1, 1, 1, 1), k, sixteen)).item()) == 256
-    for shape in share(name, ((599, 1, 1, 1), (1, 1, 1, 599), (1, 1, 599, 1), (7, 1, 5, 17)), 4):
+    if simulated(name):
+        return
+    for shape in ((599, 1, 1, 1), (1, 1, 1, 599), (1, 1, 599, 1), (7, 1, 5, 17)):
         x, g = alternating(shape, dtype), np.full(shape, 16, numpy_type)
         wanted = 256 if x.size % 2 else 0
         assert float(units.to_host(on.conv2d_weight(x, (1, 1, 1, 1), g)).item()) == wanted, shape
@@ -343,12 +345,11 @@ def test_16_bit_sums_are_kept_in_float32(name, dtype):
 @every_patches
 def test_fold_keeps_16_bit_sums_in_float32(name, dtype):
     on = On(name)
-    columns = np.zeros((599, 599), cases.numpy_dtype(dtype))
-    step = np.where(np.arange(599) < 300, 256, -256)
-    columns[np.arange(599), 598 - np.arange(599)] = step  # tap q of window j lands on q + j = 598
-    y = units.to_host(on.fold(columns, (1, 1197), (1, 599)))
-    assert float(y[0, 0, 598]) == 256
-    assert not np.any(np.delete(y[0, 0], 598))
+    columns = np.zeros((67, 67), cases.numpy_dtype(dtype))
+    columns[np.arange(67), 66 - np.arange(67)] = np.where(np.arange(67) < 34, 2000, -2000)
+    y = units.to_host(on.fold(columns, (1, 133), (1, 67)))  # tap q of window j lands on q + j = 66
+    assert float(y[0, 0, 66]) == 2000, "34 times 2,000 is beyond float16"
+    assert not np.any(np.delete(y[0, 0], 66))
 
 
 # ---- what is kept between calls
@@ -383,10 +384,10 @@ def test_no_plan_is_used_for_another_operator(name, dtype):
 
 @every_implementation
 def test_the_call_after_a_memory_error_is_right(name):
-    on, problem = On(name), plain((2, 4, 7, 6), (6, 2, 3, 2), stride=(2, 1), padding=(1, 0), groups=2)
+    on, problem = On(name), plain((1, 4, 5, 4), (2, 2, 3, 2), stride=(2, 1), padding=(1, 0), groups=2)
     rng = np.random.default_rng(6)
     x, k, g = (values(rng, shape, "float32", True) for shape in (problem.sizes, problem.kernel, problem.outputs))
-    for _ in range(2):
+    for _ in range(1 if simulated(name) else 2):
         with pytest.raises(MemoryError, match=r"conv2d_input: .*\d+ bytes"):
             on.conv2d_input(problem.sizes, k, g, workspace_limit=1, **problem.kwargs)
         with pytest.raises(MemoryError, match=r"conv2d_weight: .*\d+ bytes"):
