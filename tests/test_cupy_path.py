@@ -37,7 +37,7 @@ needs_compiler = pytest.mark.skipif(fake_cupy.compiler() is None, reason="no C++
         pytest.param(["test_implementations.py"], "cupy.gemm", "0", 230, id="conv2d"),
         pytest.param(FAMILY, "cupy", "0", 850, id="family"),
         pytest.param(["test_implementations.py", "test_family.py"], "cupy.gemm and unit_b", "1", 20, id="tf32"),
-        pytest.param(KNOWN_BUGS, "cupy.gemm or pool", "0", 50, id="known_bugs"),
+        pytest.param(KNOWN_BUGS, "cupy.gemm or pool", "0", 50, id="known_bugs", marks=pytest.mark.full),
         pytest.param(PROPERTIES, "not arguments", "0", 8, id="properties"),
     ],
 )

@@ -33,9 +33,11 @@ PROPERTIES = ("test_properties.py", "test_properties_family.py")
         pytest.param(["test_implementations.py"], "numba_cuda and test_agrees", 110, id="agreement"),
         pytest.param(["test_implementations.py"], "numba_cuda and not test_agrees", 40, id="more"),
         pytest.param(["test_family.py"], "numba_cuda and test_agrees", 100, id="family_agreement"),
-        pytest.param(["test_family.py"], "numba_cuda and not test_agrees", 60, id="family_more"),
+        pytest.param(
+            ["test_family.py"], "numba_cuda and not test_agrees", 60, id="family_more", marks=pytest.mark.full
+        ),
         pytest.param(FAMILY, "numba_cuda", 75, id="relatives"),
-        pytest.param(KNOWN_BUGS, "numba_cuda", 43, id="known_bugs"),
+        pytest.param(KNOWN_BUGS, "numba_cuda", 43, id="known_bugs", marks=pytest.mark.full),
         pytest.param(PROPERTIES, "not arguments", 8, id="properties"),
     ],
 )
