@@ -440,6 +440,11 @@ def test_zero_size_read_only_and_masked_cuda_arrays():
     x, k = (xp.asarray(array) for array in normal((2, 3, 4, 4), (2, 3, 2, 2)))
     wanted = conv2d(x, k)
     assert conv2d(Interface(x[:0], name, data=(0, False), strides=None), k).shape == (0, 2, 3, 3)
+    stepped = Interface(x[:0], name, data=(0, False), strides=x.strides)
+    try:
+        assert conv2d(stepped, k).shape == (0, 2, 3, 3)
+    except (TypeError, ValueError) as refusal:
+        assert str(refusal).startswith("conv2d: x ")
     assert bool((conv2d(Interface(x, name, strides=None), Interface(k, name, strides=None)) == wanted).all())
     turned = conv2d(Interface(x.transpose(0, 1, 3, 2), name), k.transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2)
     assert float(abs(turned - wanted).max()) < 1e-4

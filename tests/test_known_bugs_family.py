@@ -249,6 +249,18 @@ def test_no_channels_leave_zeros_or_the_bias(name):
 
 
 @every_implementation
+def test_an_input_without_pixels_has_an_empty_gradient(name):
+    """Padding alone gives a convolution of nothing pixels; its weight gradient is zero."""
+    on = On(name)
+    k, g = np.ones((2, 3, 2, 1), np.float32), np.ones((1, 2, 1, 2), np.float32)
+    assert on.conv2d_input((1, 3, 0, 0), k, g, padding=1).shape == (1, 3, 0, 0)
+    assert on.conv2d_input((1, 3, 0, 2), k, g, padding=(1, 0)).shape == (1, 3, 0, 2)
+    out = np.full(k.shape, np.nan, np.float32)
+    on.conv2d_weight(np.ones((1, 3, 0, 2), np.float32), k.shape, g, padding=(1, 0), out=out)
+    assert not np.any(out)
+
+
+@every_implementation
 def test_pixels_that_no_window_reads_are_zero(name):
     """Not whatever was in memory: most of this gradient is never written by any window."""
     on = On(name)

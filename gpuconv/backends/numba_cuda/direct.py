@@ -94,7 +94,8 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     scratch += 2 * problem.result_channels * dtypes.itemsize(problem.sum_dtype)
     if scratch > limit:
         raise MemoryError(f"{NAME} on {problem} needs {scratch} bytes of scratch and workspace_limit is {limit}")
-    detail = f"tile {tiles[0]}" + (f", {len(tiles)} launches" if len(tiles) > 1 else "")
+    detail = f"tile {tiles[0]}" if tiles else "nothing to compute"
+    detail += f", {len(tiles)} launches" if len(tiles) > 1 else ""
     return Plan(problem, scratch, problem.sum_dtype, detail, {"parts": lowered, "tiles": tiles})
 
 
