@@ -12,10 +12,13 @@ import oracle_family
 import pytest
 import scipy.ndimage
 import units
+from running import SIMULATOR_MARKS
 from test_family import every_implementation_of, runner
 
 import gpuconv
 from gpuconv import conv1d
+
+pytestmark = SIMULATOR_MARKS
 
 ROWS = [case for case in family.FAMILY if case.call == "conv1d"]
 

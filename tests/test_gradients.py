@@ -17,11 +17,13 @@ from cases import BYTES, Case
 from family import FORWARD, FamilyCase, Shapes
 from hypothesis import given
 from hypothesis import strategies as st
-from running import home, skip_in_simulator, skip_unless_usable
+from running import SIMULATOR_MARKS, home, skip_in_simulator, skip_unless_usable
 from test_family import chosen, every_implementation_of, runner
 
 import gpuconv
 from gpuconv import dispatch
+
+pytestmark = SIMULATOR_MARKS
 
 GRADIENTS = ("conv2d_input", "conv2d_weight")
 

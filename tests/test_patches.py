@@ -11,11 +11,13 @@ import oracle
 import pytest
 import units
 from family import FamilyCase
-from running import simulated
+from running import SIMULATOR_MARKS, simulated
 from test_family import every_implementation_of, runner
 
 import gpuconv
 from gpuconv import fold, unfold
+
+pytestmark = SIMULATOR_MARKS
 
 WINDOWS = [case for case in family.FAMILY if case.call == "unfold"]
 

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import units
 from cases import BY_NAME, CASES, Case
-from running import home, share, skip_unless_usable
+from running import SIMULATOR_MARKS, home, share, skip_unless_usable
 from test_family import every_implementation_of
 
 import gpuconv
 from gpuconv import Conv2d, conv2d, dispatch
+
+pytestmark = SIMULATOR_MARKS
 
 
 def given(case: Case, dtype: str, kind: str = "normal") -> tuple[Any, ...]:

@@ -36,7 +36,7 @@ PROPERTIES = ("test_properties.py", "test_properties_family.py")
         pytest.param(
             ["test_family.py"], "numba_cuda and not test_agrees", 60, id="family_more", marks=pytest.mark.full
         ),
-        pytest.param(FAMILY, "numba_cuda", 75, id="relatives"),
+        pytest.param(FAMILY, "numba_cuda", 75, id="relatives", marks=pytest.mark.full),
         pytest.param(KNOWN_BUGS, "numba_cuda", 43, id="known_bugs", marks=pytest.mark.full),
         pytest.param(PROPERTIES, "not arguments", 8, id="properties"),
     ],
