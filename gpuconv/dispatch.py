@@ -24,6 +24,7 @@ TABLE = (
     "cupy.patches",
     "numba_cuda.direct",
     "numba_cuda.patches",
+    "numba_cpu.strip",
     "numpy.gemm",
     "numpy.patches",
     "numpy.reference",
@@ -33,11 +34,12 @@ MODULES = {
     "cupy.patches": "cupy_patches",
     "numba_cuda.direct": "numba_cuda.direct",
     "numba_cuda.patches": "numba_cuda.patches",
+    "numba_cpu.strip": "numba_cpu.strip",
     "numpy.gemm": "numpy_gemm",
     "numpy.patches": "numpy_patches",
     "numpy.reference": "numpy_reference",
 }
-DEVICES = {"cupy": "cuda", "numba_cuda": "cuda", "numpy": "cpu"}
+DEVICES = {"cupy": "cuda", "numba_cuda": "cuda", "numba_cpu": "cpu", "numpy": "cpu"}
 
 
 def preferred(problem: Conv2dProblem, device: str) -> tuple[list[str], str]:
@@ -183,15 +185,15 @@ def resolve(call: str, device: Any, backend: Any, home: int | None, stacklevel: 
     if backend is not None:
         check_agreement(call, kind, device, backend)
         if DEVICES[library_of(backend)] == "cpu":
-            return Target("cpu")
+            return _cpu()
         if all(implementation(name).unavailable() is not None for name in candidates(backend) or ()):
             return Target("cuda", ordinal)  # a forced backend never falls back: choose() refuses it with its reasons
         return _gpu(call, ordinal, home)
     if kind == "cpu" or (kind is None and home is None):
-        return Target("cpu")
+        return _cpu()
     missing = gpu_missing()
     if kind == "auto" and home is None and (missing or simulated()):
-        return Target("cpu")
+        return _cpu()
     if not missing:
         return _gpu(call, ordinal, home)
     details = "; ".join(f"{name}: {reason}" for name, reason in missing)
@@ -201,7 +203,7 @@ def resolve(call: str, device: Any, backend: Any, home: int | None, stacklevel: 
         raise NoBackendError(f"{message}; GPUCONV_FALLBACK=error forbids the CPU")
     if policy == "warn":
         warnings.warn(f"{message}; running on the CPU", DeviceFallbackWarning, stacklevel=stacklevel)
-    return Target("cpu")
+    return _cpu()
 
 
 def fallback_policy() -> str:
@@ -222,6 +224,12 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def _cpu() -> Target:
+    from gpuconv.backends.numba_cpu import runtime
+
+    return Target("cpu", None, runtime.thread_count())
 
 
 def _gpu(call: str, ordinal: int | None, home: int | None) -> Target:

@@ -32,6 +32,13 @@ def fit(extents: Sequence[int], scratch: Callable[..., int], limit: int, what: s
     return tuple(shares)
 
 
+def halved(extent: int, fits: Callable[[int], bool], at_least: int = 1) -> int:
+    """``extent``, cut in half until it fits or is no more than ``at_least``."""
+    while extent > at_least and not fits(extent):
+        extent = -(-extent // 2)
+    return extent
+
+
 def blocks(extents: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, ...]]:
     """The slices that cut ``extents`` into blocks of at most ``block``, the last axis fastest."""
     if not extents:

@@ -24,6 +24,8 @@ class Target:
 
     device: str  # "cpu" or "cuda"
     ordinal: int | None = None
+    threads: int = 1  # of the CPU
+    vector_bits: int | None = None  # of the CPU's vector registers; None: what this machine has
 
     def __str__(self) -> str:
         return self.device if self.ordinal is None else f"{self.device}:{self.ordinal}"

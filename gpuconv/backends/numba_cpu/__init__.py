@@ -1,0 +1,1 @@
+"""The CPU's own convolutions: compiled by Numba for the vector width of the machine, run on its threads."""

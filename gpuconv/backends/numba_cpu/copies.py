@@ -1,0 +1,112 @@
+"""Rows of pixels between the caller's arrays and a kernel's own memory: any step, 16-bit floats widened and rounded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from numba import njit
+
+from gpuconv.backends.numba_cpu.vectors import SIZE, I64, Emitter, Lanes, Value, routine, scalar
+
+LETTERS = {"float16": "h", "bfloat16": "b", "float32": "s", "float64": "d"}
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """A function for other compiled functions to call, without Python's errors of integer division."""
+    return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+
+
+class Rows(NamedTuple):
+    """The functions of one kind of memory; addresses and steps in bytes, counts in elements."""
+
+    read: Any  # read(to, source, count, step): widen from the caller's memory
+    write: Any  # write(to, source, count, step): round into the caller's memory
+    fill: Any  # fill(to, value_at, count): repeat the number at an address
+
+
+@functools.cache
+def rows(lanes: Lanes, stored: str) -> Rows:
+    """Functions between vectors of ``lanes`` and memory of ``stored``."""
+    letter, own = LETTERS[stored], LETTERS[lanes.dtype]
+    size, wide = SIZE[stored], lanes.size
+    near = routine(f"widen_{lanes}_{stored}", lanes, f"{own}{letter}i", functools.partial(_widen, stored=stored))
+    apart = routine(f"widen2_{lanes}_{stored}", lanes, f"{own}{letter}i", functools.partial(_widen2, stored=stored))
+    back = routine(f"narrow_{lanes}_{stored}", lanes, f"{letter}{own}i", functools.partial(_narrow, stored=stored))
+    repeat = routine(f"fill_{lanes}", lanes, "eei", _fill)
+    load, _ = scalar(stored)
+    _, store = scalar(stored)
+    load_wide, store_wide = scalar(lanes.dtype)
+
+    @compiled
+    def read(to, source, count, step):
+        if step == size:
+            near((to, source, count))
+        elif step == 2 * size:
+            apart((to, source, count))
+        else:
+            for i in range(count):
+                store_wide(to + i * wide, load(source + i * step))
+
+    @compiled
+    def write(to, source, count, step):
+        if step == size:
+            back((to, source, count))
+        else:
+            for i in range(count):
+                store(to + i * step, load_wide(source + i * wide))
+
+    @compiled
+    def fill(to, value_at, count):
+        repeat((to, value_at, count))
+
+    return Rows(read, write, fill)
+
+
+def _widen(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> None:
+    builder = e.builder
+    i = e.loop(0, count, e.lanes.count, lambda i: e.store(e.load(e.at(source, i), stored), e.at(to, i)))
+    rest = builder.sub(count, i)
+    with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
+        mask = e.mask(rest)
+        e.masked_store(e.masked_load(e.at(source, i), mask, stored), e.at(to, i), mask)
+
+
+def _narrow(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> None:
+    builder = e.builder
+    i = e.loop(0, count, e.lanes.count, lambda i: e.store(e.load(e.at(source, i)), e.at(to, i), stored))
+    rest = builder.sub(count, i)
+    with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
+        mask = e.mask(rest)
+        e.masked_store(e.masked_load(e.at(source, i), mask), e.at(to, i), mask, stored)
+
+
+def _widen2(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> None:
+    """Every second element. The second load begins one element early, so as not to end beyond the last one needed."""
+    builder, n = e.builder, e.lanes.count
+    early = [2 * lane if lane < n // 2 else n + 1 + 2 * (lane - n // 2) for lane in range(n)]
+    if n == 1:
+        early = [0]
+
+    def body(i: Value) -> None:
+        at = builder.mul(i, I64(2))
+        first, second = e.load(e.at(source, at), stored), e.load(e.at(source, at, n - 1), stored)
+        e.store(e.shuffle(first, second, early), e.at(to, i))
+
+    i = e.loop(0, count, n, body)
+    rest = builder.sub(count, i)
+    with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
+        at, left = builder.mul(i, I64(2)), builder.sub(builder.mul(rest, I64(2)), I64(1))
+        first = e.masked_load(e.at(source, at), e.mask(left), stored)
+        second = e.masked_load(e.at(source, at, n), e.mask(builder.sub(left, I64(n))), stored)
+        e.masked_store(e.shuffle(first, second, [2 * lane for lane in range(n)]), e.at(to, i), e.mask(rest))
+
+
+def _fill(e: Emitter, to: Value, value_at: Value, count: Value) -> None:
+    builder = e.builder
+    value = e.splat(builder.load(value_at))
+    i = e.loop(0, count, e.lanes.count, lambda i: e.store(value, e.at(to, i)))
+    rest = builder.sub(count, i)
+    with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
+        e.masked_store(value, e.at(to, i), e.mask(rest))

@@ -1,0 +1,70 @@
+"""What the dense kernels for floating point have in common: which problems, which blocks of a sum, which arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpuconv import dtypes
+from gpuconv.backends.numba_cpu import runtime
+from gpuconv.backends.numba_cpu.microkernel import BLOCK
+from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes
+from gpuconv.backends.protocol import Operands, Target
+from gpuconv.problem import Conv2dProblem
+
+# What a kernel reads, by what it sums in.
+_READS = {"float32": ("float32", "float16", "bfloat16"), "float64": ("float64",)}
+
+
+def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
+    """Why the floating-point kernels cannot run ``problem``."""
+    reasons = []
+    sums = problem.sum_dtype
+    if sums not in _READS or problem.x_dtype not in _READS[sums] or problem.k_dtype not in SIZE:
+        reasons.append(
+            f"it sums floating point, read as {' or '.join(SIZE)}; not {problem.x_dtype} times {problem.k_dtype} "
+            f"in {sums}"
+        )
+    if problem.x_zero_point or problem.k_zero_point:
+        reasons.append("it has no zero points")
+    return reasons
+
+
+def lanes_of(problem: Conv2dProblem, target: Target) -> Lanes:
+    """The vector registers that the problem's sums are in."""
+    return Lanes.of(problem.sum_dtype, target.vector_bits or runtime.vector_bits())
+
+
+def channels_at_once(problem: Conv2dProblem) -> int:
+    """Input channels of a block, so that a block is about one sum of the micro-kernel: evenly, and a matter of the
+    image's own sizes alone, because it decides how sums are split.
+    """
+    channels = problem.C // problem.groups
+    most = max(1, BLOCK // (problem.KH * problem.KW))
+    return -(-channels // -(-channels // most)) if channels else 1
+
+
+def finishing(problem: Conv2dProblem, bias: Any | None, padded: int, rows: int, lanes: Lanes) -> np.ndarray[Any, Any]:
+    """What a sum ends with: a least value that changes nothing and the least value of a result, ``rows`` zeros for the
+    sums that go on, and for each group a bias for each of ``padded`` channels.
+    """
+    groups = problem.groups
+    values = np.zeros(2 + rows + groups * padded, lanes.dtype)
+    values[:2] = -np.inf, (0.0 if problem.activation == "relu" else -np.inf)
+    if bias is not None:
+        with np.errstate(all="ignore"):
+            by_group = values[2 + rows :].reshape(groups, padded)
+            by_group[:, : problem.result_channels // groups] = bias.astype(lanes.dtype).reshape(groups, -1)
+    return values
+
+
+def constant(problem: Conv2dProblem, lanes: Lanes) -> np.ndarray[Any, Any]:
+    """The padding value, in memory."""
+    return np.array([dtypes.numpy_dtype(problem.x_dtype).type(problem.fill)]).astype(lanes.dtype)
+
+
+def native(operands: Operands) -> Any:
+    """x in the machine's byte order."""
+    x = operands.x
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))

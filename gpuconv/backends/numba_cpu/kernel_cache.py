@@ -1,0 +1,136 @@
+"""Where compiled kernels are kept between processes: a folder of the user's own, or nowhere.
+
+Loading compiled code is running it, so the folder must belong to this user and be closed to everyone else (mode 0700).
+A folder that is not is left alone, and kernels are then compiled anew in each process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import pickle
+import platform
+import stat
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core.caching import _Cache
+from numba.core.compiler import CompileResult
+
+
+def folder() -> Path:
+    """``GPUCONV_CACHE_DIR``, or ``gpuconv`` in the user's own cache folder."""
+    chosen = os.environ.get("GPUCONV_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "gpuconv"
+
+
+def usable() -> tuple[Path | None, str]:
+    """The folder, made if need be, and its path; or None, and why nothing is kept."""
+    try:
+        place = folder()
+        _make(place)
+        facts = place.stat()
+    except (OSError, RuntimeError) as error:
+        return None, f"no cache folder can be had ({error})"
+    if not stat.S_ISDIR(facts.st_mode):
+        return None, f"{place} is not a folder"
+    if hasattr(os, "geteuid"):
+        if facts.st_uid != os.geteuid():
+            return None, f"{place} belongs to another user"
+        if facts.st_mode & 0o077:
+            return None, f"{place} is open to others (mode {facts.st_mode & 0o777:o}); chmod 700 it"
+    return place, str(place)
+
+
+def _make(place: Path) -> None:
+    """Make ``place`` and what is missing above it, all closed to others."""
+    if not place.exists():
+        _make(place.parent)
+        with contextlib.suppress(FileExistsError):
+            place.mkdir(mode=0o700)
+
+
+@functools.cache
+def _sources() -> bytes:
+    """A digest of the code that kernels are made of and of what compiles it: another one, another kernel."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    for version in (numba.__version__, llvmlite.__version__, platform.python_version(), sys.implementation.cache_tag):
+        digest.update(str(version).encode())
+    return digest.digest()
+
+
+class KernelCache(_Cache):  # type: ignore[misc]
+    """One file for one compiled function; what Numba's compilers ask for under the name of a cache."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.hit = False
+
+    @property
+    def cache_path(self) -> str:
+        """The folder."""
+        return str(folder())
+
+    def enable(self) -> None:
+        """It always is."""
+
+    def disable(self) -> None:
+        """It never is."""
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def path(self, codegen: Any) -> Path | None:
+        """The file of this function for the processor that ``codegen`` compiles for."""
+        place, _ = usable()
+        if place is None:
+            return None
+        digest = hashlib.sha256(_sources())
+        digest.update(repr((self.name, codegen.magic_tuple())).encode())
+        return place / f"{self.name}-{digest.hexdigest()[:16]}.kernel"
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled function from its file; None when there is none that can be read."""
+        target_context.refresh()
+        path = self.path(target_context.codegen())
+        if path is None:
+            return None
+        try:
+            result = CompileResult._rebuild(target_context, *pickle.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except Exception:  # a file cut short, or of another making: compile anew, and replace it
+            return None
+        self.hit = True
+        return result
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Write the compiled function to its file; a disk that cannot take it is no reason to stop."""
+        path = self.path(data.codegen)
+        if path is None or data.library.has_dynamic_globals:
+            return
+        with contextlib.suppress(OSError):
+            descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=".part-")  # mode 0600
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    pickle.dump(data._reduce(), file, protocol=-1)
+                os.replace(beside, path)
+            except BaseException:
+                os.unlink(beside)
+                raise

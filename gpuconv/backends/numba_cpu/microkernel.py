@@ -1,0 +1,92 @@
+"""The dense micro-kernel: a tile of sums in registers, MR output channels × NV vectors of pixels.
+
+    C[i, j] = (C[i, j] +) Σ_k A[k, i] · B[off[k] + j]          0 ≤ i < MR, 0 ≤ j < NV·lanes
+
+A is packed, MR numbers per k. B is read where it lies: row k begins at element ``off[k]``, and this one table makes the
+kernel a convolution of any kernel size, stride or dilation over a padded copy of x, or a plain matrix product. Each
+call sums its K products from zero and only then adds what was in C, so that rounding errors stay those of short sums.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from gpuconv.backends.numba_cpu.vectors import I64, Emitter, Lanes, Value, routine
+
+# (MR, NV) by the bits of a register: as many sums as the register file holds beside NV of B and one of A.
+TILES = {512: (8, 3), 256: (6, 2), 128: (8, 3)}
+
+# Products that one call of the micro-kernel sums, at most.
+BLOCK = 256
+
+
+@functools.cache
+def tile(lanes: Lanes, rows: int, vectors: int, ahead: int = 0) -> Any:
+    """The micro-kernel for ``rows`` × ``vectors``: a function of (A, B, off, C, K, ldc, accumulate, last, next, bias,
+    floor).
+
+    ``last`` lanes of the last vector of a row exist in C. ``bias`` are ``rows`` numbers to add at the end, ``floor`` is
+    the address of the least value of a result. With ``ahead`` = 1 the memory at ``next`` + off[k] is fetched into the
+    cache, with 2 that at ``next`` + off[K + k].
+    """
+
+    def emit(e: Emitter, a: Value, b: Value, off: Value, c: Value, K: Value, ldc: Value, accumulate: Value,
+             last: Value, following: Value, bias: Value, floor: Value) -> None:  # fmt: skip
+        builder = e.builder
+        entry, loop, add, finish = builder.block, e.block("loop"), e.block("add"), e.block("finish")
+        mask = e.mask(last)
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        k = builder.phi(I64)
+        k.add_incoming(I64(0), entry)
+        sums = e.sums(rows, vectors, [(entry, None)])
+        offset = builder.load(e.at(off, k))
+        if ahead:
+            e.prefetch(e.at(following, builder.load(e.at(off, K, k)) if ahead == 2 else offset))
+        pixels = [e.load(e.at(b, offset, j * e.lanes.count)) for j in range(vectors)]
+        weights = e.at(a, e.times(k, rows))
+        new = []
+        for i in range(rows):
+            weight = e.splat(builder.load(e.at(weights, i)))
+            new.append([e.fma(weight, pixels[j], sums[i][j]) for j in range(vectors)])
+        following_k = builder.add(k, I64(1))
+        k.add_incoming(following_k, loop)
+        for i in range(rows):
+            for j in range(vectors):
+                sums[i][j].add_incoming(new[i][j], loop)
+        after = e.block("after")
+        builder.cbranch(builder.icmp_signed("<", following_k, K), loop, after)
+
+        def place(i: int, j: int) -> Value:
+            return e.at(c, e.times(ldc, i), j * e.lanes.count)
+
+        builder.position_at_end(after)
+        builder.cbranch(builder.icmp_signed("!=", accumulate, I64(0)), add, finish)
+        builder.position_at_end(add)
+        more = [
+            [
+                builder.fadd(
+                    e.load(place(i, j)) if j < vectors - 1 else e.masked_load(place(i, j), mask), new[i][j]
+                )
+                for j in range(vectors)
+            ]
+            for i in range(rows)
+        ]  # fmt: skip
+        builder.branch(finish)
+
+        builder.position_at_end(finish)
+        totals = e.sums(rows, vectors, [(after, new), (add, more)])
+        least = e.splat(builder.load(floor))
+        for i in range(rows):
+            offset_i = e.splat(builder.load(e.at(bias, i)))
+            for j in range(vectors):
+                value = builder.fadd(totals[i][j], offset_i)
+                value = builder.select(builder.fcmp_ordered("<", value, least), least, value)
+                if j < vectors - 1:
+                    e.store(value, place(i, j))
+                else:
+                    e.masked_store(value, place(i, j), mask)
+
+    return routine(f"tile_{lanes}_{rows}x{vectors}_{ahead}", lanes, "eeteiiiieee", emit)

@@ -1,0 +1,319 @@
+"""Vector code for Numba: routines written as LLVM IR through ``Emitter``, called from compiled Python.
+
+Compiled Python is good at loops over rows and blocks, and knows nothing of vector registers; a micro-kernel is nothing
+but vector registers. A *routine* is the bridge: ``routine(name, kinds, emit)`` gives a function for compiled Python
+that takes one tuple of integers, addresses in bytes and sizes in elements, and calls an LLVM function that ``emit``
+writes once per module. Nothing here allows reassociation: sums keep the order in which they are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+VOID = ir.VoidType()
+REAL = {"float32": ir.FloatType(), "float64": ir.DoubleType()}
+STORED = {**REAL, "float16": ir.HalfType(), "bfloat16": I16}  # as in memory
+SIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+
+Value = Any  # llvmlite has no types
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """A vector register of the machine: how many elements of which type."""
+
+    dtype: str
+    count: int
+
+    @classmethod
+    def of(cls, dtype: str, bits: int) -> Lanes:
+        """As many elements of ``dtype`` as ``bits`` hold."""
+        return cls(dtype, bits // 8 // SIZE[dtype])
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element."""
+        return SIZE[self.dtype]
+
+    @property
+    def bits(self) -> int:
+        """Bits of the register."""
+        return self.count * self.size * 8
+
+    def __str__(self) -> str:
+        return f"{self.dtype}x{self.count}"
+
+
+class Emitter:
+    """An LLVM function under construction: a builder, and vectors of one kind."""
+
+    def __init__(self, function: ir.Function, lanes: Lanes) -> None:
+        self.function, self.lanes = function, lanes
+        self.builder = ir.IRBuilder(function.append_basic_block("entry"))
+        self.element = REAL[lanes.dtype]
+        self.vector = ir.VectorType(self.element, lanes.count)
+        self.zero = ir.Constant(self.vector, [0.0] * lanes.count)
+
+    # ---- addresses and integers
+
+    def at(self, pointer: Value, *offsets: Value | int) -> Value:
+        """``pointer`` moved by the sum of ``offsets`` elements."""
+        for offset in offsets:
+            pointer = self.builder.gep(pointer, [self.i64(offset)])
+        return pointer
+
+    def i64(self, value: Value | int) -> Value:
+        """An integer constant, or the value that it is already."""
+        return I64(value) if isinstance(value, int) else value
+
+    def times(self, a: Value, b: Value | int) -> Value:
+        """Product of two integers."""
+        return I64(0) if isinstance(b, int) and b == 0 else self.builder.mul(a, self.i64(b))
+
+    # ---- memory
+
+    def load(self, pointer: Value, stored: str | None = None) -> Value:
+        """A vector from memory of any alignment, converted from ``stored`` where that is another type."""
+        stored = stored or self.lanes.dtype
+        kind = ir.VectorType(STORED[stored], self.lanes.count)
+        value = self.builder.load(self.builder.bitcast(pointer, kind.as_pointer()))
+        value.align = SIZE[stored]
+        return self.widened(value, stored)
+
+    def store(self, value: Value, pointer: Value, stored: str | None = None) -> None:
+        """A vector to memory of any alignment, rounded to ``stored`` where that is another type."""
+        stored = stored or self.lanes.dtype
+        kind = ir.VectorType(STORED[stored], self.lanes.count)
+        target = self.builder.bitcast(pointer, kind.as_pointer())
+        self.builder.store(self.narrowed(value, stored), target).align = SIZE[stored]
+
+    def mask(self, count: Value) -> Value:
+        """True in the first ``count`` lanes; any integer will do."""
+        lanes = ir.VectorType(I64, self.lanes.count)
+        return self.builder.icmp_signed(
+            "<", ir.Constant(lanes, list(range(self.lanes.count))), self._splat(lanes, self.i64(count))
+        )
+
+    def masked_load(self, pointer: Value, mask: Value, stored: str | None = None) -> Value:
+        """The lanes that ``mask`` has, zero elsewhere; no other memory is touched."""
+        stored = stored or self.lanes.dtype
+        kind = ir.VectorType(STORED[stored], self.lanes.count)
+        zero = ir.Constant(kind, [0.0 if stored != "bfloat16" else 0] * self.lanes.count)
+        name = f"llvm.masked.load.v{self.lanes.count}{_suffix(stored)}.p0"
+        signature = ir.FunctionType(kind, [kind.as_pointer(), I32, mask.type, kind])
+        load = cgutils.get_or_insert_function(self.function.module, signature, name)
+        source = self.builder.bitcast(pointer, kind.as_pointer())
+        return self.widened(self.builder.call(load, [source, I32(SIZE[stored]), mask, zero]), stored)
+
+    def masked_store(self, value: Value, pointer: Value, mask: Value, stored: str | None = None) -> None:
+        """Write the lanes that ``mask`` has; no other memory is touched."""
+        stored = stored or self.lanes.dtype
+        kind = ir.VectorType(STORED[stored], self.lanes.count)
+        name = f"llvm.masked.store.v{self.lanes.count}{_suffix(stored)}.p0"
+        signature = ir.FunctionType(VOID, [kind, kind.as_pointer(), I32, mask.type])
+        store = cgutils.get_or_insert_function(self.function.module, signature, name)
+        target = self.builder.bitcast(pointer, kind.as_pointer())
+        self.builder.call(store, [self.narrowed(value, stored), target, I32(SIZE[stored]), mask])
+
+    def prefetch(self, pointer: Value, level: int = 3) -> None:
+        """Ask for the cache line at ``pointer``, which may lie anywhere; 3 is the first-level cache, 2 the second."""
+        signature = ir.FunctionType(VOID, [I8.as_pointer(), I32, I32, I32])
+        fetch = cgutils.get_or_insert_function(self.function.module, signature, "llvm.prefetch.p0")
+        self.builder.call(fetch, [self.builder.bitcast(pointer, I8.as_pointer()), I32(0), I32(level), I32(1)])
+
+    # ---- conversions: 16-bit floats live in memory only
+
+    def widened(self, value: Value, stored: str) -> Value:
+        """``value`` as loaded from ``stored``, in the type of the lanes; exact."""
+        if stored == self.lanes.dtype:
+            return value
+        if stored == "bfloat16":
+            wide = ir.VectorType(I32, self.lanes.count)
+            shift = ir.Constant(wide, [16] * self.lanes.count)
+            value = self.builder.bitcast(
+                self.builder.shl(self.builder.zext(value, wide), shift), ir.VectorType(REAL["float32"], wide.count)
+            )
+            stored = "float32"
+        return value if stored == self.lanes.dtype else self.builder.fpext(value, self.vector)
+
+    def narrowed(self, value: Value, stored: str) -> Value:
+        """``value`` rounded to the nearest of ``stored``, ties to even."""
+        if stored == self.lanes.dtype:
+            return value
+        if stored != "bfloat16":
+            return self.builder.fptrunc(value, ir.VectorType(STORED[stored], self.lanes.count))
+        builder, wide = self.builder, ir.VectorType(I32, self.lanes.count)
+
+        def every(number: int) -> Value:
+            return ir.Constant(wide, [number] * self.lanes.count)
+
+        bits = builder.bitcast(value, wide)
+        odd = builder.and_(builder.lshr(bits, every(16)), every(1))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, every(0x7FFF))), every(16))
+        # Rounding could carry a NaN's last bits into infinity: keep it a quiet NaN.
+        quiet = builder.or_(builder.lshr(bits, every(16)), every(0x40))
+        nan = builder.fcmp_unordered("uno", value, value)
+        return builder.trunc(builder.select(nan, quiet, rounded), ir.VectorType(I16, self.lanes.count))
+
+    # ---- arithmetic
+
+    def splat(self, scalar: Value) -> Value:
+        """A scalar in every lane."""
+        return self._splat(self.vector, scalar)
+
+    def constant(self, number: float) -> Value:
+        """A number in every lane."""
+        return ir.Constant(self.vector, [float(number)] * self.lanes.count)
+
+    def _splat(self, kind: Value, scalar: Value) -> Value:
+        undefined = ir.Constant(kind, ir.Undefined)
+        first = self.builder.insert_element(undefined, scalar, I32(0))
+        return self.builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count))
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a·b + c, rounded once."""
+        name = f"llvm.fma.v{self.lanes.count}{_suffix(self.lanes.dtype)}"
+        signature = ir.FunctionType(self.vector, [self.vector] * 3)
+        return self.builder.call(cgutils.get_or_insert_function(self.function.module, signature, name), [a, b, c])
+
+    def rectified(self, value: Value) -> Value:
+        """max(value, 0); NaN passes through."""
+        return self.builder.select(self.builder.fcmp_ordered("<", value, self.zero), self.zero, value)
+
+    def shuffle(self, a: Value, b: Value, lanes: Sequence[int]) -> Value:
+        """The given lanes of a followed by b."""
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
+
+    # ---- control
+
+    def block(self, name: str = "") -> Value:
+        """A new basic block."""
+        return self.function.append_basic_block(name)
+
+    def loop(self, start: Value | int, end: Value, step: int, body: Callable[[Value], None]) -> Value:
+        """``for i in range(start, end - step + 1, step): body(i)``; the first i that is not reached comes back."""
+        builder = self.builder
+        before, head, inside, after = builder.block, self.block("head"), self.block("body"), self.block("after")
+        builder.branch(head)
+        builder.position_at_end(head)
+        i = builder.phi(I64)
+        i.add_incoming(self.i64(start), before)
+        following = builder.add(i, I64(step))
+        builder.cbranch(builder.icmp_signed("<=", following, end), inside, after)
+        builder.position_at_end(inside)
+        body(i)
+        i.add_incoming(following, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+        return i
+
+    def sums(self, rows: int, columns: int, blocks: Sequence[tuple[Value, Any]]) -> list[list[Value]]:
+        """Accumulators as phi nodes: rows × columns of them, with their values (or zero for None) per origin block."""
+        phis = [[self.builder.phi(self.vector) for _ in range(columns)] for _ in range(rows)]
+        for origin, values in blocks:
+            for i in range(rows):
+                for j in range(columns):
+                    phis[i][j].add_incoming(self.zero if values is None else values[i][j], origin)
+        return phis
+
+
+def _suffix(dtype: str) -> str:
+    return {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "i16"}[dtype]
+
+
+def routine(name: str, lanes: Lanes, kinds: str, emit: Callable[..., None]) -> Any:
+    """A function for compiled Python: it takes one tuple, and calls the LLVM function ``name`` that ``emit`` writes.
+
+    ``kinds`` has a letter for each item of the tuple: ``i`` an integer; an address of ``e`` elements of the lanes' type,
+    ``t`` 64-bit integers (a table), ``h`` float16, ``b`` bfloat16, ``s`` float32, ``d`` float64. Memory behind addresses
+    must not overlap. ``emit(emitter, *arguments)`` writes the body; the return is added.
+    """
+    letters = {"i": I64, "e": REAL[lanes.dtype].as_pointer(), "t": I64.as_pointer(), "h": STORED["float16"].as_pointer(),
+               "b": I16.as_pointer(), "s": REAL["float32"].as_pointer(), "d": REAL["float64"].as_pointer()}  # fmt: skip
+    argument_types = [letters[kind] for kind in kinds]
+
+    def written(module: ir.Module) -> ir.Function:
+        if name in module.globals:
+            return module.globals[name]
+        function = ir.Function(module, ir.FunctionType(VOID, argument_types), name)
+        function.linkage = "internal"
+        function.attributes.add("noinline")
+        function.attributes.add("nounwind")
+        for argument, kind in zip(function.args, kinds, strict=True):
+            if kind != "i":
+                argument.add_attribute("noalias")
+        emitter = Emitter(function, lanes)
+        emit(emitter, *function.args)
+        emitter.builder.ret_void()
+        return function
+
+    @intrinsic
+    def call(typing: Any, arguments: Any) -> Any:
+        if not isinstance(arguments, types.BaseTuple) or len(arguments) != len(kinds):
+            raise TypeError(f"{name} takes a tuple of {len(kinds)}")
+
+        def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            given = cgutils.unpack_tuple(builder, values[0])
+            passed = []
+            for value, kind, numba_type, llvm_type in zip(given, kinds, arguments, argument_types, strict=True):
+                integer = context.cast(builder, value, numba_type, types.intp)
+                passed.append(integer if kind == "i" else builder.inttoptr(integer, llvm_type))
+            builder.call(written(builder.module), passed)
+            return context.get_dummy_value()
+
+        return types.void(arguments), lower
+
+    return call
+
+
+@intrinsic
+def get(typing: Any, address: Any, index: Any) -> Any:
+    """The 64-bit integer number ``index`` at ``address``."""
+
+    def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        base, at = (context.cast(builder, v, t, types.intp) for v, t in zip(values, signature.args, strict=True))
+        return builder.load(builder.gep(builder.inttoptr(base, I64.as_pointer()), [at]))
+
+    return types.intp(address, index), lower
+
+
+def scalar(dtype: str) -> tuple[Any, Any]:
+    """(load, store) of single numbers of ``dtype`` at an address, as float32 or float64; 16-bit ones as float32."""
+    wide = "float64" if dtype == "float64" else "float32"
+    number = types.float64 if wide == "float64" else types.float32
+
+    def emitter_of(builder: Any) -> Emitter:
+        emitter = Emitter.__new__(Emitter)
+        emitter.builder, emitter.lanes = builder, Lanes(wide, 1)
+        emitter.vector = ir.VectorType(REAL[wide], 1)
+        return emitter
+
+    @intrinsic
+    def load(typing: Any, address: Any) -> Any:
+        def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            emitter = emitter_of(builder)
+            place = builder.inttoptr(context.cast(builder, values[0], signature.args[0], types.intp), I8.as_pointer())
+            return builder.extract_element(emitter.load(place, dtype), I32(0))
+
+        return number(address), lower
+
+    @intrinsic
+    def store(typing: Any, address: Any, value: Any) -> Any:
+        def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            emitter = emitter_of(builder)
+            place = builder.inttoptr(context.cast(builder, values[0], signature.args[0], types.intp), I8.as_pointer())
+            value = context.cast(builder, values[1], signature.args[1], number)
+            one = builder.insert_element(ir.Constant(emitter.vector, ir.Undefined), value, I32(0))
+            emitter.store(one, place, dtype)
+            return context.get_dummy_value()
+
+        return types.void(address, value), lower
+
+    return load, store
