@@ -1,4 +1,4 @@
-"""``python -m bench cpu`` and ``python -m bench gpu``.
+"""``python -m bench cpu`` and ``python -m bench gpu``, and ``python -m bench plot`` for a picture of an earlier run.
 
 The numerical libraries read their number of threads when they are imported, so nothing of them is imported here
 before the options are known.
@@ -7,7 +7,8 @@ before the options are known.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
+_FILE = click.Path(dir_okay=False, path_type=Path)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -45,7 +47,8 @@ def _common(minutes: float) -> Callable[[Callable[..., None]], Callable[..., Non
         click.option("--layout", type=click.Choice(["NCHW", "NHWC"]), default="NCHW", show_default=True),
         click.option("--precision", type=click.Choice(["highest", "high", "medium"]), default="highest"),
         click.option("--minutes", type=click.FloatRange(0), default=minutes, show_default=True, help="Time in all."),
-        click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Where the rows go."),
+        click.option("--json", "path", type=_FILE, help="Where the rows go.  [default: a new file in out/]"),
+        click.option("--plot", "picture", type=_FILE, help="Where the plot goes (PNG).  [default: beside the rows]"),
         click.option("--backend", metavar="NAME", help="Force one of gpuconv's libraries or implementations."),
     )
 
@@ -58,16 +61,20 @@ def _common(minutes: float) -> Callable[[Callable[..., None]], Callable[..., Non
 
 
 @main.command()
-@_common(minutes=5)
-@click.option("--peers", "names", type=_Names(), default="scipy,torch,opencv", show_default=True)
+@_common(minutes=8)
+@click.option("--peers", "names", type=_Names(), default="torch,onnxruntime,opencv,scipy", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Of gpuconv and of every peer.  [default: all CPUs]")
-def cpu(names: tuple[str, ...], threads: int | None, minutes: float, path: Path | None, **options: Any) -> None:
-    """gpuconv's plain call on NumPy arrays against SciPy, PyTorch (oneDNN) and OpenCV."""
+@click.option("--quick", is_flag=True, help="A rehearsal for CI: go through all of it with tiny layers; no figures.")
+def cpu(names: tuple[str, ...], threads: int | None, quick: bool, **options: Any) -> None:
+    """gpuconv's plain call and a prepared Conv2d on NumPy arrays against PyTorch, ONNX Runtime, OpenCV and SciPy.
+
+    Each peer runs in the fastest of its settings for the row's layout, weights reordered ahead of time among them.
+    """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = threads or usable
     os.environ |= dict.fromkeys(_THREADS, str(threads))
     from bench import cpu as driver
-    from bench import peers, timing
+    from bench import layers, peers, timing
 
     unknown = set(names) - set(peers.PEERS)
     if unknown:
@@ -75,14 +82,16 @@ def cpu(names: tuple[str, ...], threads: int | None, minutes: float, path: Path 
     _check_backend(options["backend"])
     with peers.torch_restored():
         enter = driver.field(names, threads, options["backend"])
-        facts = {"peers": names, "threads": threads, "device": "cpu"}
-        _run("cpu", _rows(options), options | facts, enter, timing.WallClock(), minutes, timing.Effort(), path)
+        facts = {"peers": names, "threads": threads, "device": "cpu", "quick": quick}
+        rows = [layers.tiny(row) if quick else row for row in _rows(options)]
+        effort = timing.QUICK if quick else timing.Effort()
+        _run("cpu rehearsal" if quick else "cpu", rows, options | facts, enter, timing.WallClock(), effort)
 
 
 @main.command()
 @_common(minutes=8)
 @click.option("--dry-run", is_flag=True, help="Go through all of it on the CPU, with tiny layers; no figures.")
-def gpu(dry_run: bool, minutes: float, path: Path | None, **options: Any) -> None:
+def gpu(dry_run: bool, **options: Any) -> None:
     """Every usable CUDA implementation against cuDNN through PyTorch (the better of both memory formats)."""
     from bench import gpu as driver
     from bench import layers, peers, timing
@@ -96,7 +105,23 @@ def gpu(dry_run: bool, minutes: float, path: Path | None, **options: Any) -> Non
     effort = timing.QUICK if dry_run else timing.GPU
     with peers.torch_restored():
         enter = driver.field(rig, options["backend"])
-        _run("gpu rehearsal" if dry_run else "gpu", rows, options | facts, enter, rig.clock(), minutes, effort, path)
+        _run("gpu rehearsal" if dry_run else "gpu", rows, options | facts, enter, rig.clock(), effort)
+
+
+@main.command()
+@click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="JSON")
+@click.option("--plot", "picture", type=_FILE, help="Where the plot goes (PNG).  [default: beside the rows]")
+def plot(path: Path, picture: Path | None) -> None:
+    """Draw the plot of an earlier run again, from its rows."""
+    import json
+
+    _draw(json.loads(path.read_text()), picture or path.with_suffix(".png"))
+
+
+def _draw(data: dict[str, Any], picture: Path) -> None:
+    from bench import plot as plots
+
+    click.echo(plots.draw(data, picture) or f"plot in {picture}")
 
 
 def _check_backend(backend: str | None) -> None:
@@ -120,27 +145,52 @@ def _rows(options: dict[str, Any]) -> list[Row]:
         raise click.BadParameter(str(error)) from None
 
 
-def _run(
-    kind: str, rows: list[Row], settings: dict[str, Any], enter: drive.Enter, clock: Clock, minutes: float,
-    effort: Effort, path: Path | None,
-) -> None:  # fmt: skip
+@contextmanager
+def _progress(total: int) -> Iterator[tuple[Callable[[Row], None], Callable[[str], None]]]:
+    """What to call before each row, and after it with its line: a bar on a terminal, plain lines elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield (lambda row: None), (lambda line: click.echo(line, err=True))
+        return
+    columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("", total=total)
+
+        # Drawn between rows only: a thread that draws while a row is timed would disturb it.
+        def begin(row: Row) -> None:
+            progress.update(task, description=f"{row.suite}: {row.name}", refresh=True)
+
+        def say(line: str) -> None:
+            console.print(line, markup=False, highlight=False)
+            progress.update(task, advance=1, refresh=True)
+
+        yield begin, say
+
+
+def _run(kind: str, rows: list[Row], options: dict[str, Any], enter: drive.Enter, clock: Clock, effort: Effort) -> None:
     from dataclasses import asdict
 
     from rich.console import Console
 
     from bench import drive, record
 
-    path = path or Path("out") / f"bench-{kind.replace(' ', '-')}-{datetime.now():%Y%m%d-%H%M%S}.json"
-    settings = settings | {"minutes": minutes, "clock": clock.name, "effort": asdict(effort)}
+    settings = {name: value for name, value in options.items() if name not in ("path", "picture")}
+    path = options["path"] or Path("out") / f"bench-{kind.replace(' ', '-')}-{datetime.now():%Y%m%d-%H%M%S}.json"
+    settings |= {"clock": clock.name, "effort": asdict(effort)}
     book = record.Record(path, kind, settings, rows)
-    stopped = drive.run(rows, enter, book, clock, minutes, effort, lambda line: click.echo(line, err=True))
-    record.show(book, Console(width=None if os.isatty(1) else 160))
+    with _progress(len(rows)) as (begin, say):
+        stopped = drive.run(rows, enter, book, clock, options["minutes"], effort, say, begin)
+    record.show(book, Console(width=None if os.isatty(1) else 180))
     click.echo(f"{len(book.data['rows'])} of {len(rows)} rows in {path}")
+    _draw(book.data, options["picture"] or path.with_suffix(".png"))
     if "rehearsal" in kind:
-        click.echo("A rehearsal: tiny layers on the CPU; the times and ratios say nothing about a GPU.")
+        click.echo("A rehearsal: tiny layers on the CPU; its times and ratios say nothing.")
     if stopped == "interrupted":
         raise SystemExit(_INTERRUPTED)
-    if book.refusals():
+    if book.refusals() or ("rehearsal" in kind and stopped is not None):
         raise SystemExit(1)
 
 

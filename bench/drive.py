@@ -17,6 +17,9 @@ from gpuconv.problem import Conv2dProblem
 # Share of the machine's CPU time from which a row is marked: libraries with a thread per core wait for the slowest.
 _TOO_BUSY = 0.05
 
+# Share of a row's time that is left for timing even where checking, or compiling for the first time, took long.
+_RACING = 0.4
+
 
 @dataclass(frozen=True)
 class Ours:
@@ -45,8 +48,12 @@ def run(
     minutes: float,
     effort: Effort,
     say: Callable[[str], None] = lambda line: None,
+    begin: Callable[[Row], None] = lambda row: None,
 ) -> str | None:
-    """Measure ``rows`` within about ``minutes``; each is on file before the next begins. Returns why it stopped."""
+    """Measure ``rows`` within about ``minutes``; each is on file before the next begins. Returns why it stopped.
+
+    ``begin`` is told each row before it is measured, ``say`` one line with its ratios afterwards.
+    """
     deadline = time.monotonic() + 60 * minutes
     stopped: str | None = None
     try:
@@ -55,6 +62,7 @@ def run(
             if left <= 0:
                 stopped = f"out of time after {minutes:g} minutes"
                 break
+            begin(row)
             measured = measure(row.problem, enter, clock, left / (len(rows) - index), effort)
             record.add(row, measured)
             say(_line(row, measured))
@@ -102,7 +110,7 @@ def measure(
     timed = race(
         {f"{side} {name}": contender.call for (side, name), contender in calls.items()},
         clock,
-        max(seconds - (time.monotonic() - start), 0.0),
+        max(seconds - (time.monotonic() - start), _RACING * seconds),
         effort,
     )
     for side, name in calls:
@@ -112,10 +120,11 @@ def measure(
     if share is not None and share > _TOO_BUSY:
         unsteady.append(f"{share:.0%} of the CPU time went to other processes or machines")
     measured |= {"unsteady": unsteady} if unsteady else {}
+    against = {name: timed[f"peers {name}"].median for side, name in calls if side == "peers"}
+    measured |= {"best_peer": min(against, key=against.__getitem__)} if against else {}
     for side, label in calls:
         if side == "gpuconv":
             ours_time = timed[f"gpuconv {label}"].median
-            against = {name: timed[f"peers {name}"].median for other, name in calls if other == "peers"}
             measured["ratios"][label] = {name: float(f"{t / ours_time:.4g}") for name, t in against.items()}
     return measured
 

@@ -141,6 +141,8 @@ def field(rig: Rig, backend: str | None) -> drive.Enter:
         for name in rig.implementations():
             if name not in wanted:
                 continue
+            if name != backend and gpuconv.explain(str(problem), backend=name).implementation is None:
+                continue  # one for other shapes, which nobody asked for by its name
             call = partial(gpuconv.conv2d, **arguments(problem), backend=name)
             turning = rotating(rig, problem, call, lambda: tuple(_arrays(rig, problem, given)))
             contender = peers.Contender("plain call", turning, lambda y: to_nchw(rig.host(y)))

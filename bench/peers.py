@@ -1,17 +1,19 @@
 """The libraries gpuconv is measured against: what each can serve, and every setting in which it may do its best.
 
 Nothing is imported before it is asked for; a library that is not here, and a problem that a library has no function
-for, are reasons in a table's row. Operands are brought into each library's own arrays beforehand, untimed; every call
-allocates its result, as gpuconv's plain call does.
+for, are reasons in a table's row. Operands are brought into each library's own arrays beforehand, untimed, and so are
+weights where a setting's name says that they are reordered or prepared ahead; every call allocates its result, as
+gpuconv's calls do. The input keeps the problem's layout: where the row says NCHW, nobody gets it channels last.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -156,7 +158,8 @@ class SciPy(Peer):
         if problem.products <= 49:  # beyond, seconds of loops that ndimage does faster
             found.append(("signal.correlate2d", direct, True, 1))
         if problem.H * problem.W >= 64 * 64:  # below, a transform costs more than the sum it replaces
-            found += [("signal.correlate fft", fast, True, threads), ("signal.oaconvolve", blocks, True, threads)]
+            transforms = [("signal.correlate fft", fast, True, threads), ("signal.oaconvolve", blocks, True, threads)]
+            found = transforms + found if problem.products > 49 else found + transforms
         for name, function, crops, used in found:
             call = _plane_by_plane(problem, given, function, crops=crops and valid)
             yield Contender(f"{name}, plane by plane", call, shaped, used)
@@ -223,13 +226,86 @@ class Torch(Peer):
         k = k.contiguous(memory_format=torch.channels_last) if problem.layout == "NHWC" else k
         call = convolution(problem, x, k, bias)
         layout = "channels_last" if problem.layout == "NHWC" else "contiguous"
-        for name, onednn in (("oneDNN", True), ("without oneDNN", False)):
-            if onednn and not torch.backends.mkldnn.is_available():
-                continue
-            yield Contender(f"{name}, {layout}", call, from_tensor, threads, partial(activate, onednn))
+        if torch.backends.mkldnn.is_available():
+            yield Contender(f"oneDNN, {layout}", call, from_tensor, threads, partial(activate, True))
+            if hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight") and problem.x_dtype in ("float32", "bfloat16"):
+                call_ahead = reordered_ahead(problem, x, k, bias)
+                name = f"oneDNN, {layout}, weights reordered ahead"
+                yield Contender(name, call_ahead, from_tensor, threads, partial(activate, True))
+        # Its own kernels write out a matrix of all windows. Past a gigabyte they were far behind on every layer.
+        if problem.products * problem.OH * problem.OW * given.x.itemsize <= 2**30:
+            yield Contender(f"without oneDNN, {layout}", call, from_tensor, threads, partial(activate, False))
 
 
-PEERS: dict[str, Peer] = {"scipy": SciPy(), "torch": Torch(), "opencv": OpenCV()}
+class OnnxRuntime(Peer):
+    """ONNX Runtime on the CPU: a model of one node, its weights constants that the session packs when it is made."""
+
+    library = "onnxruntime"
+    install = "onnxruntime onnx"
+
+    def missing(self) -> str | None:
+        reason = super().missing()
+        if reason is None and importlib.util.find_spec("onnx") is None:
+            return "onnx, which builds its model, is not installed; pip install onnx"
+        return reason
+
+    def unsupported(self, problem: Conv2dProblem) -> list[str]:
+        reasons = _plain(problem)
+        if problem.layout != "NCHW":
+            reasons.append("ONNX's Conv is NCHW")
+        if problem.kernel_layout != "OIHW":
+            reasons.append("ONNX's kernels are OIHW")
+        if problem.x_dtype != "float32":
+            reasons.append("ONNX Runtime is asked for float32 only")
+        return reasons
+
+    def contenders(self, problem: Conv2dProblem, given: Arrays, threads: int) -> Iterator[Contender]:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors; what it thinks of the machine is no line of ours
+        session = onnxruntime.InferenceSession(_onnx_model(problem, given), options, ["CPUExecutionProvider"])
+        feed = {"x": given.x}
+        yield Contender(
+            "session prepared ahead, run", lambda: session.run(None, feed), lambda results: results[0], threads
+        )
+        binding = session.io_binding()
+        binding.bind_cpu_input("x", given.x)
+        binding.bind_output("y")  # in memory that it allocates in each run
+
+        def run_bound() -> Any:
+            session.run_with_iobinding(binding)
+            return binding
+
+        def fetch(binding: Any) -> np.ndarray:
+            return binding.copy_outputs_to_cpu()[0]
+
+        yield Contender("session prepared ahead, bound input", run_bound, fetch, threads)
+
+
+def _onnx_model(problem: Conv2dProblem, given: Arrays) -> bytes:
+    from onnx import TensorProto, helper, numpy_helper
+
+    (top, bottom), (left, right) = problem.padding
+    weights = {"k": given.k} | ({} if given.bias is None else {"bias": given.bias})
+    result = "y" if problem.activation is None else "before"
+    node = helper.make_node(
+        "Conv", ["x", *weights], [result], kernel_shape=[problem.KH, problem.KW], strides=problem.stride,
+        pads=[top, left, bottom, right], dilations=problem.dilation, group=problem.groups,
+    )  # fmt: skip
+    nodes = [node] if problem.activation is None else [node, helper.make_node("Relu", [result], ["y"])]
+    ends = {"x": problem.x_shape, "y": problem.y_shape}
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in ends.items())
+    constants = [numpy_helper.from_array(values, name) for name, values in weights.items()]
+    graph = helper.make_graph(nodes, "convolution", [x], [y], constants)
+    # Versions that ONNX Runtime has read since 2021: the newest onnx may write what it does not know yet.
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
+    return model.SerializeToString()
+
+
+PEERS: dict[str, Peer] = {"torch": Torch(), "onnxruntime": OnnxRuntime(), "opencv": OpenCV(), "scipy": SciPy()}
 
 
 def from_tensor(y: Any) -> np.ndarray:
@@ -263,6 +339,22 @@ def convolution(problem: Conv2dProblem, x: Any, k: Any, bias: Any) -> Callable[[
     if problem.activation == "relu":
         return lambda: torch.relu_(torch.conv2d(x, k, bias, *rest))
     return lambda: torch.conv2d(x, k, bias, *rest)
+
+
+def reordered_ahead(problem: Conv2dProblem, x: Any, k: Any, bias: Any) -> Callable[[], Any]:
+    """``convolution`` with the weights in the order that oneDNN asks for, which the first call makes and keeps."""
+    import torch
+
+    pads = (problem.padding[0][0], problem.padding[1][0])
+    rest = (pads, problem.stride, problem.dilation, problem.groups)
+
+    @cache
+    def reordered() -> Any:
+        return torch._C._nn.mkldnn_reorder_conv2d_weight(k.to_mkldnn(), *rest, list(x.shape))
+
+    if problem.activation == "relu":
+        return lambda: torch.relu_(torch.mkldnn_convolution(x, reordered(), bias, *rest))
+    return lambda: torch.mkldnn_convolution(x, reordered(), bias, *rest)
 
 
 @contextlib.contextmanager

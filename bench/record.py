@@ -1,4 +1,23 @@
-"""What a run leaves behind: a JSON file, rewritten after each row, and tables on the terminal."""
+"""What a run leaves behind: a JSON file, rewritten after each row, and tables on the terminal.
+
+A row of the file, beside its suite, name, problem line and FLOPs:
+
+``gpuconv``
+    By label (``plain call`` and ``prepared`` on the CPU, the implementation's name on a GPU): the implementation, its
+    accuracy, and seconds per call; or ``refused`` with the reason, and then it was not timed.
+``peers``
+    By library: the fastest of its settings (``setting``), its accuracy and seconds per call, and all that were tried
+    (``tried_s``: seconds, roughly, or what was wrong); or ``reason``, why it does not take part.
+``ratios``
+    By label and peer: the peer's median time / gpuconv's.
+``best_peer``
+    The peer of the least median time; absent where none took part.
+``unsteady``, ``busy_elsewhere``
+    Who was disturbed while this row was measured, and the share of CPU time that others took.
+
+``summary`` has, by suite, label and peer, the geometric mean of the ratios and their extremes; the peer ``best peer``
+stands for the fastest of each row.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +26,7 @@ import math
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -21,9 +41,13 @@ import gpuconv
 from bench.layers import Row
 
 _PACKAGES = (
-    "numpy", "numba", "llvmlite", "scipy", "torch", "opencv-python-headless", "opencv-python", "numba-cuda",
-    "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes",
+    "numpy", "numba", "llvmlite", "scipy", "torch", "onnxruntime", "opencv-python-headless", "opencv-python",
+    "numba-cuda", "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes",
 )  # fmt: skip
+
+
+BEST = "best peer"
+_WIDE = 176  # columns that the table of all rows needs
 
 
 def machine() -> dict[str, Any]:
@@ -134,15 +158,21 @@ class Record:
         os.replace(beside, self.path)
 
 
+def best_ratio(row: dict[str, Any], label: str) -> float | None:
+    """Of one row and one of gpuconv's labels, the ratio against the fastest peer."""
+    return min(row["ratios"].get(label, {}).values(), default=None)
+
+
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """suite -> gpuconv's label -> peer -> geometric mean of the ratios, and the extremes with their rows."""
     gathered: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in rows:
         for label, against in row["ratios"].items():
-            for peer, ratio in against.items():
+            best = best_ratio(row, label)
+            for peer, ratio in (against | ({BEST: best} if best else {})).items():
                 gathered.setdefault((row["suite"], label, peer), {})[row["name"]] = ratio
     result: dict[str, Any] = {}
-    for (suite, label, peer), ratios in gathered.items():
+    for (suite, label, peer), ratios in sorted(gathered.items(), key=lambda item: item[0][2] == BEST):
         low, high = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
         mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
         result.setdefault(suite, {}).setdefault(label, {})[peer] = {
@@ -164,41 +194,29 @@ def time_text(seconds: float) -> str:
 
 
 def show(record: Record, console: Console) -> None:
-    """Every row, the reasons for what is not there, and the summary."""
+    """Every row, in which settings the peers ran, the reasons for what is not there, and the summary."""
     rows = record.data["rows"]
-    peers = list(dict.fromkeys(peer for row in rows for peer in row["peers"]))
-    table = Table("suite", "layer", "gpuconv runs", "time", "GFLOP/s", "unit A")
-    table.title = "Ratios: peer's time / gpuconv's; above 1 gpuconv is faster"
-    for peer in peers:
-        table.add_column(peer, justify="right")
-    for row in rows:
-        for label, entry in row["gpuconv"].items():
-            cells = [row["suite"], row["name"], entry.get("implementation", label)]
-            if "refused" in entry:
-                table.add_row(*cells, "[red]refused", "", "", *("" for _ in peers))
-                continue
-            seconds = entry["median_s"]
-            cells += [time_text(seconds), f"{row['flops'] / seconds / 1e9:.3g}", f"{entry['accuracy']['unit_a']:.2g}"]
-            ratios = row["ratios"].get(label, {})
-            mark = "?" if row.get("unsteady") else ""
-            table.add_row(*cells, *(f"{ratios[peer]:.3g}{mark}" if peer in ratios else "–" for peer in peers))
-    console.print(table)
-
+    console.print(_every_row(rows, console.width >= _WIDE))
+    if console.width < _WIDE:
+        console.print(f"A terminal of {_WIDE} columns shows every peer of each row; so does the file.")
     if any(row.get("unsteady") for row in rows):
         console.print("? unsteady: a median above 1.5 times the least, or above 5 % of the CPU time spent elsewhere")
 
-    reasons: dict[tuple[str, str], int] = {}
-    for row in rows:
-        for peer, entry in row["peers"].items():
-            if "reason" in entry:
-                key = (peer, entry["reason"])
-                reasons[key] = reasons.get(key, 0) + 1
+    entries = [(peer, entry) for row in rows for peer, entry in row["peers"].items()]
+    settings = Counter((peer, entry["setting"]) for peer, entry in entries if "setting" in entry)
+    for (peer, setting), count in sorted(settings.items()):
+        console.print(f"+ {peer} ({_rows(count)}): {setting}", markup=False, highlight=False)
+    reasons = Counter((peer, entry["reason"]) for peer, entry in entries if "reason" in entry)
     for (peer, reason), count in reasons.items():
-        console.print(f"– {peer} ({count} row{'s' if count > 1 else ''}): {reason}", markup=False, highlight=False)
+        console.print(f"– {peer} ({_rows(count)}): {reason}", markup=False, highlight=False)
     for line in record.refusals():
         console.print(f"refused: {line}", style="red", markup=False, highlight=False)
 
-    means = Table("suite", "gpuconv", "against", "geometric mean", "rows", "unsteady", "lowest", "highest")
+    means = Table()
+    for column in ("suite", "gpuconv", "against"):
+        means.add_column(column, no_wrap=True)
+    for column in ("geometric mean", "rows", "unsteady", "lowest", "highest"):
+        means.add_column(column)
     for suite, labels in record.data["summary"].items():
         for label, against in labels.items():
             for peer, facts in against.items():
@@ -209,4 +227,34 @@ def show(record: Record, console: Console) -> None:
         console.print(means)
     if record.data["not_reached"]:
         count = len(record.data["not_reached"])
-        console.print(f"{record.data['stopped']}: {count} rows were not reached", markup=False)
+        console.print(f"{record.data['stopped']}: {_rows(count)} not reached", markup=False)
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'' if count == 1 else 's'}"
+
+
+def _every_row(rows: list[dict[str, Any]], wide: bool) -> Table:
+    """A line for each of gpuconv's labels in each row; of the peers, where there is room, not only the fastest."""
+    table = Table("suite", "layer", "gpuconv", title="Ratios: peer's time / gpuconv's; above 1 gpuconv is faster")
+    peers = list(dict.fromkeys(peer for row in rows for peer in row["peers"])) if wide else []
+    for column in ("implementation", "time", "GFLOP/s", "unit A") if wide else ("time",):
+        table.add_column(column)
+    for peer in (*peers, BEST):
+        table.add_column(peer, justify="right")
+    table.add_column("which")
+    for row in rows:
+        for index, (label, entry) in enumerate(row["gpuconv"].items()):
+            title = ["", ""] if index else [row["suite"], row["name"]]
+            cells = [*title, label, *([entry.get("implementation", "")] if wide else [])]
+            if "refused" in entry:
+                table.add_row(*cells, "[red]refused")
+                continue
+            seconds, unit = entry["median_s"], entry["accuracy"]["unit_a"]
+            facts = [time_text(seconds), f"{row['flops'] / seconds / 1e9:.3g}", f"{unit:.2g}"]
+            against = row["ratios"].get(label, {})
+            ratios = [*(against.get(peer) for peer in peers), best_ratio(row, label)]
+            mark = "?" if row.get("unsteady") else ""
+            found = [f"{ratio:.3g}{mark}" if ratio else "–" for ratio in ratios]
+            table.add_row(*cells, *(facts if wide else facts[:1]), *found, row.get("best_peer", ""))
+    return table

@@ -155,10 +155,19 @@ def busy_elsewhere() -> Callable[[], float | None]:
 
 
 def pilot(call: Call, clock: Clock, effort: Effort) -> float:
-    """A rough time of a call that has already run once: the best of three samples, of one where it is slow."""
+    """A rough time of a call that has already run once: the best of a few samples, of one where it is slow.
+
+    More of them where calls are short: a library's threads take some calls to wake, and rough times choose a peer's
+    best setting.
+    """
     clock.pause(effort.pause)
-    first = clock.sample(call, 1)
-    return first if first > 0.5 else min(first, *(clock.sample(call, 1) for _ in range(3)))
+    first = max(clock.sample(call, 1), 1e-9)
+    if first > 0.5:
+        return first
+    few = _warm_up_calls(first)
+    for _ in range(few):
+        call()
+    return min(first, *(clock.sample(call, 1) for _ in range(max(3, few))))
 
 
 def _warm_up_calls(seconds: float) -> int:

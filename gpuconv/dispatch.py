@@ -14,43 +14,54 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from gpuconv import preference
 from gpuconv.backends.protocol import Implementation, Plan, Target
 from gpuconv.errors import DeviceFallbackWarning, NoBackendError
 from gpuconv.problem import Conv2dProblem
 
-# Best first, per device. Each name is a module of gpuconv.backends.
+# Best first, per device.
 TABLE = (
     "cupy.gemm",
     "cupy.patches",
     "numba_cuda.direct",
     "numba_cuda.patches",
+    "numba_cpu.winograd",
+    "numba_cpu.lanes",
+    "numba_cpu.rows",
+    "numba_cpu.channels",
+    "numba_cpu.pixels",
+    "numba_cpu.pointwise",
+    "numba_cpu.merged",
     "numba_cpu.strip",
     "numpy.gemm",
     "numpy.patches",
     "numpy.reference",
 )
-MODULES = {
-    "cupy.gemm": "cupy_gemm",
-    "cupy.patches": "cupy_patches",
-    "numba_cuda.direct": "numba_cuda.direct",
-    "numba_cuda.patches": "numba_cuda.patches",
-    "numba_cpu.strip": "numba_cpu.strip",
-    "numpy.gemm": "numpy_gemm",
-    "numpy.patches": "numpy_patches",
-    "numpy.reference": "numpy_reference",
-}
+
+
+def module_of(name: str) -> str:
+    """The module of gpuconv.backends that is the implementation ``name``: a library with one file each, or a folder."""
+    library = library_of(name)
+    return name if library.startswith("numba") else name.replace(".", "_")
+
+
 DEVICES = {"cupy": "cuda", "numba_cuda": "cuda", "numba_cpu": "cpu", "numpy": "cpu"}
 
 
 def preferred(problem: Conv2dProblem, device: str) -> tuple[list[str], str]:
     """The table's names for ``device``, best first for this problem, and the rule that put the first there."""
     names = list(serving(problem.op, device))
-    thin = problem.op in ("forward", "input_grad") and problem.result_channels // problem.groups < 8
-    if device == "cuda" and thin:
+    if device == "cuda":
+        thin = problem.op in ("forward", "input_grad") and problem.result_channels // problem.groups < 8
+        if not thin:
+            return names, "first in the table that can run"
         # A GEMM this thin reads far more than it computes, and im2col writes all of it first. Not measured yet.
         names.sort(key=lambda name: name != "numba_cuda.direct")
         return names, "fewer than 8 output channels per group: too thin for a matrix product"
-    return names, "first in the table that can run"
+    wanted = {name: why for name, holds, why in preference.on_cpu(problem) if holds}
+    # What is made for such problems, then what is for all, then what is made for others.
+    names.sort(key=lambda name: (library_of(name) == "numpy", name not in wanted, name != "numba_cpu.strip"))
+    return names, wanted.get(names[0], "first in the table that can run")
 
 
 def serving(op: str, device: str | None = None) -> tuple[str, ...]:
@@ -66,8 +77,37 @@ def library_of(name: str) -> str:
 
 def implementation(name: str) -> Implementation:
     """The implementation called ``name``, imported when first asked for."""
-    module: Any = importlib.import_module(f"gpuconv.backends.{MODULES[name]}")
+    try:
+        module: Any = importlib.import_module(f"gpuconv.backends.{module_of(name)}")
+    except ModuleNotFoundError as error:
+        if library_of(name) != "numba_cpu" or error.name not in ("numba", "llvmlite"):
+            raise
+        return Absent(name, f"Numba is not installed ({error.name} is missing); pip install numba")
     return module  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Stands for an implementation whose library is not installed."""
+
+    NAME: str
+    reason: str
+    DEVICE: str = "cpu"
+    OPS: frozenset[str] = frozenset(("forward", "input_grad"))
+    ARRAYS: str = "numpy"
+
+    def unavailable(self) -> str:
+        """What is missing."""
+        return self.reason
+
+    def unsupported(self, problem: Conv2dProblem, target: Target) -> list[str]:
+        """What is missing."""
+        return [self.reason]
+
+    def _never(self, *arguments: Any) -> Any:
+        raise NoBackendError(f"{self.NAME}: {self.reason}")
+
+    plan = pack = pack_key = run = _never
 
 
 @dataclass(frozen=True)
@@ -227,8 +267,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def _cpu() -> Target:
-    from gpuconv.backends.numba_cpu import runtime
-
+    """The CPU, with the threads that a call may use."""
+    try:
+        from gpuconv.backends.numba_cpu import runtime
+    except ModuleNotFoundError as error:
+        if error.name not in ("numba", "llvmlite"):
+            raise
+        return Target("cpu")
     return Target("cpu", None, runtime.thread_count())
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from gpuconv import dispatch
+from gpuconv import dispatch, quick
 from gpuconv._version import __version__
 
 _PACKAGES = ("numpy", "numba", "numba-cuda", "cupy-cuda13x", "cupy-cuda12x", "cupy", "ml_dtypes", "torch")
@@ -86,6 +86,7 @@ def clear() -> None:
     pools hold free.
     """
     dispatch.choose.cache_clear()
+    quick.clear()
     for name in ("direct", "patches"):
         module = sys.modules.get(f"gpuconv.backends.numba_cuda.{name}")
         if module is not None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import arrays, dtypes, geometry, request
+from gpuconv import arrays, dtypes, geometry, quick, request
 from gpuconv.arrays import Operand
+from gpuconv.dispatch import Choice
 from gpuconv.problem import Conv2dProblem
 
 _PROBLEMS = 64  # input sizes that one Conv2d remembers
@@ -94,19 +95,37 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
         self._line = self._check(call)
         self._lock = threading.RLock()
         self._kept: dict[Any, Any] = {}
+        self._ready: dict[Any, quick.Ready] = {}
+        self._repeats = device is None and workspace_limit is None
         self._problems: OrderedDict[Any, tuple[Conv2dProblem, tuple[int, ...]]] = OrderedDict()
         _live.add(self)
 
     def __call__(self, x: Any, out: Any = None, stream: Any = None) -> Any:
         """Convolve ``x``; ``out`` and ``stream`` as for ``conv2d``."""
         call = "Conv2d"
+        key = None
+        if type(x) is np.ndarray and out is None and stream is None and self._repeats:
+            key = x.shape, x.strides, x.dtype
+            ready = self._ready.get(key)
+            if ready is not None and ready.holds():
+                return ready(x, None, None if self._bias is None else self._bias.array)
         image = arrays.operand(call, "x", x)
         problem, shape = self._problem(call, image)
         points = self._zero_points if problem.k_zero_point else None
         asked = request.Request(problem, shape, image, self._kernel, self._bias, points)
         where = self._where
+
+        def done(choice: Choice) -> None:
+            if key is not None:
+                ready = quick.of_request(asked, choice, self)
+                with self._lock:
+                    if len(self._ready) >= _PROBLEMS:
+                        self._ready.clear()
+                    if ready is not None:
+                        self._ready[key] = ready
+
         return request.compute(
-            call, asked, out, where["device"], where["backend"], where["workspace_limit"], stream, self
+            call, asked, out, where["device"], where["backend"], where["workspace_limit"], stream, self, done
         )
 
     def __repr__(self) -> str:
@@ -178,6 +197,7 @@ def release() -> None:
     for layer in list(_live):
         with layer._lock:
             layer._kept.clear()
+            layer._ready.clear()
 
 
 def _rebuilt(kernel: Any, bias: Any, arguments: dict[str, Any]) -> Conv2d:

@@ -173,8 +173,12 @@ def compute(
     workspace_limit: Any = None,
     stream: Any = None,
     keeper: Keeper | None = None,
+    done: Callable[[dispatch.Choice], None] | None = None,
 ) -> Any:
-    """Check what says where and how to compute, choose an implementation, run it, and give the caller the result."""
+    """Check what says where and how to compute, choose an implementation, run it, and give the caller the result.
+
+    ``done`` is told what ran.
+    """
     limit = workspace(call, workspace_limit)
     given = check_result(call, request, out)
     problem, home = request.problem, request.first.device
@@ -185,6 +189,8 @@ def compute(
     while True:
         try:
             y = execute(request, choice, target, given, pointer, keeper)
+            if done is not None:
+                done(choice)
             return arrays.deliver(y, request.first) if out is None else out
         except MemoryError as error:
             shortage = shortage or str(error)
@@ -258,7 +264,7 @@ def execute(
 
         in_place = out is not None and home == ordinal
         y = out if in_place else _empty(request.shape, dtypes.numpy_dtype(problem.y_dtype), ordinal)
-        result = _view(problem, 2, y if request.lift is None else request.lift(y))
+        result = view(problem, 2, y if request.lift is None else request.lift(y))
         bias = kept(("bias", problem.y_dtype), lambda: _cast_bias(moved(request.bias), problem))
         points = request.k_zero_point
         if points is not None:
@@ -266,8 +272,8 @@ def execute(
         if problem.result_size and problem.products:
             second = kept("second", lambda: moved(request.second))
             operands = Operands(
-                _view(problem, 0, moved(request.first)),
-                None if second is None else _view(problem, 1, second),
+                view(problem, 0, moved(request.first)),
+                None if second is None else view(problem, 1, second),
                 bias,
                 points if ordinal is None or points is None else arrays.to_device(points, ordinal),
                 None,
@@ -311,7 +317,7 @@ _FORMS = {
 }
 
 
-def _view(problem: Conv2dProblem, which: int, array: Array) -> Array:
+def view(problem: Conv2dProblem, which: int, array: Array) -> Array:
     """An operand (0, 1) or the result (2) as implementations see it: a view with the groups as an axis."""
     form = _FORMS[problem.op][which]
     if form == "kernel":

@@ -15,9 +15,7 @@ def fit(extents: Sequence[int], scratch: Callable[..., int], limit: int, what: s
     """
     block = [1] * len(extents)
     if scratch(*block) > limit:
-        raise MemoryError(
-            f"{what} needs at least {scratch(*block)} bytes of scratch and workspace_limit is {limit}; raise it"
-        )
+        raise shortage(what, scratch(*block), limit)
     for axis in reversed(range(len(extents))):
         low, high = 1, max(extents[axis], 1)  # the largest extent that fits, by bisection
         while low < high:
@@ -30,6 +28,11 @@ def fit(extents: Sequence[int], scratch: Callable[..., int], limit: int, what: s
     # Even shares: 10 rows in blocks of 9 would be 9 and 1.
     shares = [-(-extent // -(-extent // size)) if extent else 1 for extent, size in zip(extents, block, strict=True)]
     return tuple(shares)
+
+
+def shortage(what: str, needed: int, limit: int) -> MemoryError:
+    """The error of a problem that ``limit`` bytes are too few for."""
+    return MemoryError(f"{what} needs at least {needed} bytes of scratch and workspace_limit is {limit}; raise it")
 
 
 def halved(extent: int, fits: Callable[[int], bool], at_least: int = 1) -> int:

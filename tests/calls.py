@@ -250,8 +250,25 @@ def usable(device: str | None = None, op: str | None = None) -> list[str]:
 
 
 def serving(call: Call, names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that know the operator of ``call``."""
-    return [name for name in names if knows(name, call.op)]
+    """Those of ``names`` that know the operator of ``call`` and do not refuse it."""
+    return [name for name in names if knows(name, call.op) and not refuses(name, call)]
+
+
+_refusals: dict[tuple[str, str], bool] = {}
+
+
+def refuses(name: str, call: Call) -> bool:
+    """Whether ``name`` is one of those that need not serve everything, and does not serve ``call``."""
+    if name in SERVE_EVERYTHING or dispatch.library_of(name) != "numba_cpu":
+        return False
+    if (name, call.name) not in _refusals:
+        try:
+            call.run(backend=name)
+        except gpuconv.NoBackendError:
+            _refusals[name, call.name] = True
+        else:
+            _refusals[name, call.name] = False
+    return _refusals[name, call.name]
 
 
 def jobs(

@@ -207,7 +207,7 @@ def test_every_operator_stays_inside_the_limit(dtype):
 CAPPED = """
 import resource
 import numpy as np
-import calls
+import calls, gpuconv
 from gpuconv import conv2d
 MiB = 2**20
 x, k = np.ones((1, 32, 256, 256), np.float32), np.ones((2, 32, 5, 5), np.float32)
@@ -222,7 +222,7 @@ def answer(x, **options):
     assert (y == y.flat[0]).all()
     return float(y.flat[0])
 
-names = calls.usable("cpu", "forward")
+names = [name for name in calls.usable("cpu", "forward") if gpuconv.explain(x, k, backend=name).implementation]
 for name in names:
     assert answer(small, backend=name) == 800.0  # and BLAS has what it takes for itself
 with open("/proc/self/statm") as file:

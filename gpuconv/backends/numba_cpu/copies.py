@@ -7,15 +7,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from numba import njit
+from numba.core import types
 
-from gpuconv.backends.numba_cpu.vectors import SIZE, I64, Emitter, Lanes, Value, routine, scalar
+from gpuconv.backends.numba_cpu.vectors import I64, SIZE, Emitter, Lanes, Value, routine, scalar
 
 LETTERS = {"float16": "h", "bfloat16": "b", "float32": "s", "float64": "d"}
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """A function for other compiled functions to call, without Python's errors of integer division."""
-    return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    """A function for other compiled functions to call: of integers, compiled here and once, without Python's errors of
+    integer division.
+    """
+    signature = (types.intp,) * function.__code__.co_argcount
+    return njit([signature], error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 class Rows(NamedTuple):
@@ -26,7 +30,7 @@ class Rows(NamedTuple):
     fill: Any  # fill(to, value_at, count): repeat the number at an address
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def rows(lanes: Lanes, stored: str) -> Rows:
     """Functions between vectors of ``lanes`` and memory of ``stored``."""
     letter, own = LETTERS[stored], LETTERS[lanes.dtype]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv import dtypes
+from gpuconv.backends import phases
 from gpuconv.backends.numba_cpu import runtime
 from gpuconv.backends.numba_cpu.microkernel import BLOCK
 from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes
@@ -15,6 +16,8 @@ from gpuconv.problem import Conv2dProblem
 
 # What a kernel reads, by what it sums in.
 _READS = {"float32": ("float32", "float16", "bfloat16"), "float64": ("float64",)}
+
+_TAPS = 1 << 16
 
 
 def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
@@ -26,9 +29,16 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
             f"it sums floating point, read as {' or '.join(SIZE)}; not {problem.x_dtype} times {problem.k_dtype} "
             f"in {sums}"
         )
+    if problem.KH * problem.KW > _TAPS:
+        reasons.append(f"a kernel of {problem.KH}×{problem.KW} has more than {_TAPS} taps, for which it has no tables")
     if problem.x_zero_point or problem.k_zero_point:
         reasons.append("it has no zero points")
     return reasons
+
+
+def parts(problem: Conv2dProblem) -> list[Conv2dProblem]:
+    """The forward convolutions that make up ``problem``."""
+    return [phase.problem for phase in phases.phases(problem)] if problem.op == "input_grad" else [problem]
 
 
 def lanes_of(problem: Conv2dProblem, target: Target) -> Lanes:

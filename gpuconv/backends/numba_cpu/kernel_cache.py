@@ -64,7 +64,7 @@ def _make(place: Path) -> None:
             place.mkdir(mode=0o700)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _sources() -> bytes:
     """A digest of the code that kernels are made of and of what compiles it: another one, another kernel."""
     digest = hashlib.sha256()

@@ -7,10 +7,11 @@ parallel function, so that each of them compiles as plain serial code.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -18,11 +19,12 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange
-from numba.core import types
+from numba.core import cgutils, types
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from gpuconv.backends.numba_cpu.kernel_cache import KernelCache
+from gpuconv.backends.numba_cpu.vectors import I64
 from gpuconv.geometry import as_integer
 
 _SIGNATURE = (types.intp, types.intp, types.intp), types.void
@@ -42,7 +44,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def vector_bits() -> int:
     """Bits of the machine's vector registers: 512, 256 or 128, or what ``GPUCONV_VECTOR_BITS`` says; 0 where there is
     no fused multiply-add.
@@ -87,8 +89,7 @@ def _call(typing: Any, function: Any, arguments: Any, thread: Any, threads: Any)
     """Call the kernel at an address."""
 
     def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        integer = ir.IntType(64)
-        kind = ir.FunctionType(ir.VoidType(), [integer] * 3).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 3).as_pointer()
         given = [context.cast(builder, v, t, types.intp) for v, t in zip(values, signature.args, strict=True)]
         builder.call(builder.inttoptr(given[0], kind), given[1:])
         return context.get_dummy_value()
@@ -96,45 +97,112 @@ def _call(typing: Any, function: Any, arguments: Any, thread: Any, threads: Any)
     return types.void(function, arguments, thread, threads), lower
 
 
-def _spread(function, arguments, threads):  # type: ignore[no-untyped-def]
+# Entries of a table of arguments. The first ARRAYS are the addresses of a call's arrays.
+TABLE, ARRAYS = 64, 6
+
+
+@intrinsic
+def _filled(typing: Any, template: Any, arrays: Any) -> Any:
+    """The address of a copy of ``template`` on the stack, with the data addresses of NumPy arrays, given as objects'
+    addresses, in its first entries; an object of 0 leaves an entry as it is.
+    """
+
+    def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        table = cgutils.alloca_once(builder, ir.ArrayType(I64, TABLE))
+        source = builder.inttoptr(values[0], ir.ArrayType(I64, TABLE).as_pointer())
+        cgutils.raw_memcpy(builder, table, source, I64(TABLE), 8, align=8)
+        for index, given in enumerate(cgutils.unpack_tuple(builder, values[1])):
+            with builder.if_then(builder.icmp_unsigned("!=", given, I64(0))):
+                field = builder.inttoptr(builder.add(given, I64(_DATA)), I64.as_pointer())
+                place = builder.gep(table, [I64(0), I64(index)])
+                builder.store(builder.load(field), place)
+        return builder.ptrtoint(table, I64)
+
+    return types.intp(template, arrays), lower
+
+
+# Where a NumPy array object has the address of its data: first after what every Python object begins with. That spares
+# the microseconds that ``array.ctypes.data`` takes.
+_DATA = object.__basicsize__
+
+
+def _checked() -> bool:
+    probe = np.arange(3)
+    return ctypes.c_void_p.from_address(id(probe) + _DATA).value == probe.ctypes.data
+
+
+if not _checked():  # pragma: no cover
+    raise ImportError("this NumPy keeps its arrays' addresses where gpuconv does not know them; please report it")
+
+
+def _spread(function, template, threads, a, b, c, d, e, f):
+    table = _filled(template, (a, b, c, d, e, f))
     for thread in prange(threads):
-        _call(function, arguments, thread, threads)
+        _call(function, table, thread, threads)
 
 
-def _alone(function, arguments, threads):  # type: ignore[no-untyped-def]
+def _alone(function, template, threads, a, b, c, d, e, f):
+    table = _filled(template, (a, b, c, d, e, f))
     for thread in range(threads):
-        _call(function, arguments, thread, threads)
+        _call(function, table, thread, threads)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _starter(parallel: bool) -> Any:
     """The function that starts kernels, on threads or in the caller's own."""
     start = njit(_spread, parallel=True, nogil=True) if parallel else njit(_alone, nogil=True)
     start._cache = KernelCache("spread" if parallel else "alone")
-    start.compile((types.intp, types.intp, types.intp))
+    start.compile((types.intp,) * (3 + ARRAYS))
     start.disable_compile()
     return start
-
-
-def run(kernel: int, arguments: np.ndarray[Any, Any], threads: int) -> None:
-    """Run ``kernel`` in ``threads`` shares. Any number of Python threads may do so at once."""
-    address = arguments.ctypes.data
-    if threads == 1 or _threads["lost"]:
-        starter(False)(kernel, address, threads)
-        return
-    start = starter(True)
-    _threads["started"] = True
-    if numba.threading_layer() == "workqueue":  # which ends the process when two threads enter it at once
-        with _lock:
-            start(kernel, address, threads)
-    else:
-        start(kernel, address, threads)
 
 
 def starter(parallel: bool) -> Any:
     """``_starter``, made once however many threads ask."""
     with _lock:
         return _starter(parallel)
+
+
+class Task:
+    """A kernel with its table of arguments, to be run on the arrays of a call."""
+
+    __slots__ = ("address", "keep", "kernel", "start", "threads")
+
+    def __init__(self, kernel: int, entries: Sequence[int], threads: int, keep: Any = None) -> None:
+        """``entries`` follow the addresses of arrays in the table; ``keep`` is what they point to."""
+        table = np.zeros(TABLE, np.int64)
+        table[ARRAYS : ARRAYS + len(entries)] = entries
+        self.kernel, self.address, self.threads, self.keep = kernel, table.ctypes.data, threads, (table, keep)
+        self.start = starter(False) if threads == 1 else _parallel
+
+    def __call__(self, a: Any, b: Any, c: Any, d: Any = None, e: Any = None, f: Any = None) -> None:
+        """Run on up to six NumPy arrays, whose data addresses become the first entries. Any number of Python threads
+        may do so at once.
+        """
+        self.start(
+            self.kernel, self.address, self.threads, id(a), id(b), id(c), 0 if d is None else id(d),
+            0 if e is None else id(e), 0 if f is None else id(f),
+        )  # fmt: skip
+
+
+def run(kernel: int, table: np.ndarray[Any, Any], threads: int) -> None:
+    """Run ``kernel`` on a whole table of arguments, addresses of arrays included."""
+    whole = np.zeros(TABLE, np.int64)
+    whole[: len(table)] = table
+    (starter(False) if threads == 1 else _parallel)(kernel, whole.ctypes.data, threads, *(0,) * ARRAYS)
+
+
+def _parallel(*arguments: int) -> None:
+    if _threads["lost"]:
+        starter(False)(*arguments)
+        return
+    start = starter(True)
+    _threads["started"] = True
+    if numba.threading_layer() == "workqueue":  # which ends the process when two threads enter it at once
+        with _lock:
+            start(*arguments)
+    else:
+        start(*arguments)
 
 
 _kernels: dict[str, int] = {}
@@ -149,7 +217,7 @@ def kernel(name: str, make: Callable[[], Callable[..., None]]) -> int:
         return found
     with _lock:
         if name not in _kernels:
-            function = CFunc(make(), _SIGNATURE, {}, {"error_model": "numpy"})
+            function: Any = CFunc(make(), _SIGNATURE, {}, {"error_model": "numpy"})
             function._cache = KernelCache(name)
             function.compile()
             if not function._cache.hit:
@@ -169,8 +237,9 @@ def is_ready(name: str) -> bool:
     return path is not None and path.exists()
 
 
-def aligned(count: int, lanes: Any) -> np.ndarray[Any, Any]:
+def aligned(count: int, dtype: Any) -> np.ndarray[Any, Any]:
     """Uninitialised memory for ``count`` elements, from the start of a cache line on."""
-    raw = np.empty(count * lanes.size + 64, np.uint8)
+    size = np.dtype(dtype).itemsize
+    raw = np.empty(count * size + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    return raw[start : start + count * lanes.size].view(lanes.dtype)
+    return raw[start : start + count * size].view(dtype)

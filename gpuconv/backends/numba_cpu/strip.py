@@ -12,7 +12,9 @@ Any stride, dilation, padding and padding mode is a matter of how the strip is f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from gpuconv.backends import phases
 from gpuconv.backends.numba_cpu import axes, dense, runtime, weights
 from gpuconv.backends.numba_cpu.copies import compiled, rows
 from gpuconv.backends.numba_cpu.microkernel import BLOCK, TILES, tile
-from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes, get
+from gpuconv.backends.numba_cpu.vectors import Lanes, get
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
@@ -37,17 +39,22 @@ unsupported = dense.unsupported
 # Bytes of the sums of a strip, of its inputs, and of one block of weights, that stay in a core's second-level cache.
 _SUMS, _INPUTS = 512 << 10, 512 << 10
 _OUTPUTS = 256
+# Strips for which a thread packs the same weights again.
+REPACKED = 4
+# Products below which starting threads costs more than it gives.
+ALONE = 1 << 19
 
 # The table of arguments.
+X, WEIGHTS, Y, SCRATCH, FINISH, FILL = range(runtime.ARRAYS)
 (
-    X, WEIGHTS, Y, SCRATCH, FINISH, FILL,  # addresses that differ from call to call
     SXN, SXG, SXC, SXH, SXW, SYN, SYG, SYO, SYH, SYW,  # steps in bytes
-    N, G, C, O, OH, OW, TAPS, KC,
+    RAW, SKG, SKO, SKC, SKP, SKQ,  # whether the weights are still to be packed, and their steps in bytes
+    N, G, C, O, OH, OW, KH, KW, KC,
     HIGH, WIDE, OUTPUTS,  # a strip's output rows and columns, and the output channels at once
     PLACES, PITCH, CHANNEL, LDC, PER_THREAD, SUMS,  # sizes in elements; PLACES in rows
-    ROW_PHASES, COLUMN_PHASES, ROW_SOURCE, COLUMN_SOURCE, INSIDE, ROW_EXTENT, COLUMN_EXTENT, STRIDE, OFFSETS,
-    MERGED,
-) = range(43)  # fmt: skip
+    ROW_PHASES, COLUMN_PHASES, ROW_SOURCE, COLUMN_SOURCE, INSIDE, ROW_EXTENT, COLUMN_EXTENT, STRIDE, OFFSETS, BORDER,
+) = range(runtime.ARRAYS, runtime.ARRAYS + 44)  # fmt: skip
+END = runtime.ARRAYS + 44
 
 
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
@@ -57,12 +64,76 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     return _plan(problem, target, limit)
 
 
-def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
-    lanes = dense.lanes_of(problem, target)
-    MR, NV = TILES[lanes.bits]
-    threads = target.threads
-    groups, channels, outputs = problem.groups, problem.C // problem.groups, problem.O // problem.groups
-    kc = dense.channels_at_once(problem)
+@dataclass(frozen=True)
+class Shape:
+    """Sizes, in elements, of a strip of ``high`` × ``wide`` outputs of ``outputs`` channels."""
+
+    high: int
+    wide: int
+    outputs: int
+    panels: int  # of output channels
+    places: int
+    pitch: int
+    channel: int
+    ldc: int
+    inputs: int
+    sums: int
+    weights: int  # a thread's own block of packed weights
+    line: int
+
+    @property
+    def each(self) -> int:
+        """Scratch of a thread, with what it takes to begin each part at a cache line."""
+        return self.inputs + self.sums + self.weights + 4 * self.line
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the strips of a problem are made from."""
+
+    problem: Conv2dProblem
+    lanes: Lanes
+    down: axes.Axis
+    across: axes.Axis
+    kc: int
+    padded: int  # output channels of a group, in whole panels
+
+    def shape(self, high: int, wide: int, outputs: int, ldc: int = 0) -> Shape:
+        """The sizes of a strip; ``ldc`` where the sums are not in the order of the strip."""
+        problem, lanes = self.problem, self.lanes
+        MR, NV = TILES[lanes.bits]
+        shared = self.across.shared if wide == problem.OW else 0
+        pitch, places = wide + self.across.reach - shared, high + self.down.reach
+        channel = odd_lines(self.down.phases * self.across.phases * places * pitch + shared + lanes.count, lanes)
+        ldc = ldc or odd_lines(high * pitch, lanes)
+        panels = -(-outputs // MR)
+        inputs = self.kc * channel + (NV + 1) * lanes.count + self.across.reach
+        taps = problem.KH * problem.KW
+        return Shape(
+            high, wide, outputs, panels, places, pitch, channel, ldc, inputs, panels * MR * ldc + NV * lanes.count,
+            panels * MR * self.kc * taps, 64 // lanes.size,
+        )  # fmt: skip
+
+    def workspace(self, shape: Shape, threads: int, extra: int = 0) -> int:
+        """Bytes of scratch; ``extra`` elements for each thread."""
+        problem, size = self.problem, self.lanes.size
+        packed = problem.groups * self.padded * (problem.C // problem.groups) * problem.KH * problem.KW
+        tables = self.down.phases * self.down.extent + self.across.phases * self.across.extent
+        tables += self.kc * problem.KH * problem.KW + 4 * self.across.phases
+        return (threads * (shape.each + extra) + 2 * packed + problem.groups * self.padded) * size + 8 * tables + 4096
+
+    def tables(self, shape: Shape) -> tuple[np.ndarray[Any, Any], ...]:
+        """Sources of the rows and of the columns, insides of the column phases, and the offset of each product."""
+        down, across = self.down, self.across
+        phase = np.array(down.phase)[:, None] * across.phases + np.array(across.phase)
+        shift = np.array(down.shift)[:, None] * shape.pitch + np.array(across.shift)
+        taps = phase * (shape.places * shape.pitch) + shift
+        offsets = np.arange(self.kc)[:, None, None] * shape.channel + taps
+        return down.source(), across.source(), np.array(across.inside, np.int64), offsets.astype(np.int64)
+
+
+def geometry_of(problem: Conv2dProblem, lanes: Lanes) -> Geometry:
+    """The axes and blocks of a problem."""
     down, across = (
         axes.axis(n, k, made, pads[0], stride, dilation, problem.padding_mode)
         for n, k, made, pads, stride, dilation in zip(
@@ -70,70 +141,60 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
             problem.dilation, strict=True,
         )
     )  # fmt: skip
-    padded = -(-outputs // MR) * MR
-    packed = weights.size(groups, outputs, channels * problem.KH * problem.KW, MR) * lanes.size
-    tables = 8 * (down.source.size + across.source.size + kc * problem.KH * problem.KW)
-
-    def shape(high: int, wide: int, ob: int) -> dict[str, int]:
-        """Sizes in elements of a strip of high × wide outputs of ob channels."""
-        shared = across.shared if wide == problem.OW else 0
-        pitch = wide + across.reach - shared
-        places = high + down.reach
-        channel = _odd_lines(down.phases * across.phases * places * pitch + shared + lanes.count, lanes)
-        ldc = _odd_lines(high * pitch, lanes)
-        inputs = kc * channel + (NV + 1) * lanes.count + across.reach
-        return {"pitch": pitch, "places": places, "channel": channel, "ldc": ldc, "inputs": inputs,
-                "sums": -(-ob // MR) * MR * ldc + NV * lanes.count}  # fmt: skip
-
-    def scratch(ob: int, high: int, wide: int) -> int:
-        sizes = shape(high, wide, ob)
-        each = (sizes["inputs"] + sizes["sums"]) * lanes.size + 192
-        return threads * each + 2 * packed + tables + groups * padded * lanes.size + 4096
-
-    ob = padded
-    while ob > _OUTPUTS and ob % (2 * MR) == 0:
-        ob //= 2
-    ob = min(ob, _OUTPUTS // MR * MR) if ob > _OUTPUTS else ob
-    images = problem.N * groups
-    least = schedule.fit((ob, problem.OH, problem.OW), scratch, limit, f"{NAME} on {problem}")
-    ob = min(ob, max(MR, least[0] // MR * MR))
-    high, wide = _strip(problem, least[1:], lambda h, w: shape(h, w, ob), ob, lanes)
-    if images % threads and problem.OH * problem.OW < 1000 and padded % (MR * threads) == 0 and padded // threads <= ob:
-        ob = padded // threads  # one plane is too small to be cut in strips: each thread makes some of its channels
-    elif images % threads:
-        strips = -(-problem.OH // high)
-        strips = -(-strips // threads) * threads
-        high = max(1, -(-problem.OH // strips))
-    sizes = shape(high, wide, ob)
-    offsets = [
-        c * sizes["channel"]
-        + (down.phase[p] * across.phases + across.phase[q]) * sizes["places"] * sizes["pitch"]
-        + down.shift[p] * sizes["pitch"]
-        + across.shift[q]
-        for c in range(kc)
-        for p in range(problem.KH)
-        for q in range(problem.KW)
-    ]
-    tables_kept = {
-        "rows": down.source,
-        "columns": across.source,
-        "inside": np.array(across.inside, np.int64),
-        "offsets": np.array(offsets, np.int64),
-    }
-    table = np.zeros(43, np.int64)
-    table[N:] = [
-        problem.N, groups, channels, outputs, problem.OH, problem.OW, problem.KH * problem.KW, kc, high, wide, ob,
-        sizes["places"], sizes["pitch"], sizes["channel"], sizes["ldc"],
-        sizes["inputs"] + sizes["sums"] + 2 * 64 // lanes.size, sizes["sums"], down.phases, across.phases,
-        *(tables_kept[name].ctypes.data for name in ("rows", "columns", "inside")), down.extent, across.extent,
-        across.stride, tables_kept["offsets"].ctypes.data, 0,
-    ]  # fmt: skip
-    detail = f"strips of {high}×{wide} pixels, {ob} output and {kc} input channels at a time, {lanes}"
-    config = {"lanes": lanes, "table": table, "kept": tables_kept, "threads": threads, "kc": kc, "padded": padded}
-    return Plan(problem, scratch(ob, high, wide), lanes.dtype, detail, config)
+    MR = TILES[lanes.bits][0]
+    padded = -(-(problem.O // problem.groups) // MR) * MR
+    return Geometry(problem, lanes, down, across, dense.channels_at_once(problem), padded)
 
 
-def _odd_lines(count: int, lanes: Lanes) -> int:
+def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
+    lanes, threads = dense.lanes_of(problem, target), target.threads
+    geometry = geometry_of(problem, lanes)
+    MR, padded = TILES[lanes.bits][0], geometry.padded
+    images = problem.N * problem.groups
+    ob = outputs_at_once(padded, MR)
+
+    def scratch(outputs: int, high: int, wide: int) -> int:
+        return geometry.workspace(geometry.shape(high, wide, outputs), threads)
+
+    most = schedule.fit((ob, problem.OH, problem.OW), scratch, limit, f"{NAME} on {problem}")
+    ob = min(ob, max(MR, most[0] // MR * MR))
+    high, wide = _strip(geometry, most[1:], ob)
+    if images % threads:
+        if problem.OH * problem.OW < 1000 and padded % (MR * threads) == 0 and padded // threads <= ob:
+            ob = padded // threads  # a plane too small to be cut in strips: each thread makes some of its channels
+        else:
+            strips = max(-(-problem.OH // high), 1)
+            high = max(1, -(-problem.OH // (-(-strips // threads) * threads)))
+    shape = geometry.shape(high, wide, ob)
+    blocks = -(-(problem.O // problem.groups) // ob)
+    tasks = images * -(-problem.OH // high) * -(-problem.OW // wide) * blocks
+    if problem.result_size * problem.products < ALONE:
+        threads = 1
+    detail = f"strips of {high}×{wide} pixels, {ob} output and {geometry.kc} input channels at a time, {lanes}"
+    return made(geometry, shape, threads, tasks <= REPACKED * threads * blocks, detail)
+
+
+def made(geometry: Geometry, shape: Shape, threads: int, raw: bool, detail: str, extra: int = 0) -> Plan:
+    """The plan of a kernel over strips; ``extra`` elements of scratch for each thread.
+
+    With ``raw`` each thread packs weights as it needs them, so that they stay in the cache; where many strips need the
+    same, they are packed once, ahead.
+    """
+    problem, lanes = geometry.problem, geometry.lanes
+    config = {
+        "lanes": lanes, "kc": geometry.kc, "padded": geometry.padded, "threads": threads, "raw": raw,
+        "geometry": geometry, "shape": shape, "scratch": threads * (shape.each + extra), "extra": extra,
+    }  # fmt: skip
+    return Plan(problem, geometry.workspace(shape, threads, extra), lanes.dtype, detail, config)
+
+
+def outputs_at_once(padded: int, rows: int) -> int:
+    """Output channels of a block of weights: at most _OUTPUTS, in equal shares of whole panels."""
+    blocks = -(-padded // _OUTPUTS)
+    return -(-padded // rows // blocks) * rows
+
+
+def odd_lines(count: int, lanes: Lanes) -> int:
     """``count`` rounded up to an odd number of cache lines: rows that far apart do not share the same few places of a
     cache.
     """
@@ -142,20 +203,43 @@ def _odd_lines(count: int, lanes: Lanes) -> int:
     return (lines + 1 - lines % 2) * line
 
 
-def _strip(
-    problem: Conv2dProblem, most: tuple[int, ...], shape: Callable[[int, int], dict[str, int]], ob: int, lanes: Lanes
-) -> tuple[int, int]:
+def _strip(geometry: Geometry, most: tuple[int, ...], ob: int) -> tuple[int, int]:
     """Output rows and columns of a strip: as many as the caches hold, at most ``most``, in equal shares."""
+    problem, size = geometry.problem, geometry.lanes.size
 
     def fits(high: int, wide: int) -> bool:
-        sizes = shape(high, wide)
-        return sizes["sums"] * lanes.size <= _SUMS and sizes["inputs"] * lanes.size <= _INPUTS
+        shape = geometry.shape(high, wide, ob)
+        return shape.sums * size <= _SUMS and shape.inputs * size <= _INPUTS
 
     high, wide = most
     wide = schedule.halved(wide, lambda w: fits(1, w), at_least=64)
     wide = -(-problem.OW // -(-problem.OW // max(wide, 1)))
     high = 1 if wide < problem.OW else schedule.halved(high, lambda h: fits(h, wide) and h * wide <= 2048)
     return -(-problem.OH // -(-problem.OH // max(high, 1))), wide
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(geometry: Geometry, shape: Shape) -> tuple[np.ndarray[Any, Any], ...]:
+    return geometry.tables(shape)
+
+
+def table_of(plan: Plan, x: Any, k: Any | None, out: Any) -> tuple[list[int], Any]:
+    """The entries of the table of arguments, and the arrays that they point to; ``k`` where it is to be packed by the
+    kernel.
+    """
+    problem, config = plan.problem, plan.config
+    geometry, shape = config["geometry"], config["shape"]
+    kept = _tables(geometry, shape)
+    rows, columns, inside, offsets = (table.ctypes.data for table in kept)
+    steps = (0,) * 5 if k is None else k.strides
+    entries = [
+        *x.strides, *out.strides, k is not None, *steps, problem.N, problem.groups, problem.C // problem.groups,
+        problem.O // problem.groups, problem.OH, problem.OW, problem.KH, problem.KW, geometry.kc, shape.high,
+        shape.wide, shape.outputs, shape.places, shape.pitch, shape.channel, shape.ldc, shape.each + config["extra"],
+        shape.sums, geometry.down.phases, geometry.across.phases, rows, columns, inside, geometry.down.extent,
+        geometry.across.extent, geometry.across.stride, offsets, problem.padding_mode == "constant",
+    ]  # fmt: skip
+    return entries, kept
 
 
 def pack_key(plan: Plan) -> Any:
@@ -165,8 +249,12 @@ def pack_key(plan: Plan) -> Any:
 
 def pack(plan: Plan, operands: Operands) -> Any:
     """The weights in panels."""
+    return packing(plan, operands.k)(operands.k)
+
+
+def packing(plan: Plan, k: Any) -> weights.Packing:
     lanes = plan.config["lanes"]
-    return weights.pack(operands.k, lanes, TILES[lanes.bits][0], plan.config["kc"], plan.config["threads"])
+    return weights.Packing(k, lanes, TILES[lanes.bits][0], plan.config["kc"], plan.config["threads"])
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
@@ -178,26 +266,44 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
 
 
 def _run(plan: Plan, operands: Operands, out: Any) -> None:
-    problem, lanes, threads = plan.problem, plan.config["lanes"], plan.config["threads"]
-    MR = TILES[lanes.bits][0]
-    packed = operands.packed if operands.packed is not None else pack(plan, operands)
     x = dense.native(operands)
-    finish = dense.finishing(problem, operands.bias, plan.config["padded"], MR, lanes)
-    fill = dense.constant(problem, lanes)
-    table = plan.config["table"].copy()
-    scratch = runtime.aligned(threads * int(table[PER_THREAD]), lanes)
-    table[:N] = [
-        x.ctypes.data, packed.ctypes.data, out.ctypes.data, scratch.ctypes.data, finish.ctypes.data, fill.ctypes.data,
-        *x.strides, *out.strides,
-    ]  # fmt: skip
-    name, make = kernel_of(problem, lanes)
-    runtime.run(runtime.kernel(name, make), table, threads)
+    Bound(plan, x, operands.k if operands.packed is None else None, out)(
+        x, operands.k, operands.packed, operands.bias, out
+    )
 
 
-def kernel_of(problem: Conv2dProblem, lanes: Lanes) -> tuple[str, Callable[[], Callable[..., None]]]:
-    """Name and maker of the kernel that serves ``problem``."""
-    x, y = problem.x_dtype, problem.y_dtype
-    return f"strip_{lanes}_{x}_{y}", lambda: _kernel(lanes, x, y)
+class Bound:
+    """A plan for arrays of certain strides: what is left of a call is to run it."""
+
+    def __init__(self, plan: Plan, x: Any, k: Any | None, out: Any) -> None:
+        """For arrays like ``x``, ``out``, and the weights ``k`` where they are not packed already."""
+        problem, config = plan.problem, plan.config
+        self.plan, self.lanes, self.scratch = plan, config["lanes"], config["scratch"]
+        raw = k is not None and config["raw"] and k.dtype == plan.sums_in and k.dtype.isnative
+        self.packing = None if k is None or raw else packing(plan, k)
+        self.alone = problem.result_size * problem.products < ALONE
+        entries, kept = table_of(plan, x, k if raw else None, out)
+        kernel, more, also = self._kernel()
+        self.task = runtime.Task(kernel, [*entries, *more], config["threads"], (kept, also))
+        self.fill = dense.constant(problem, self.lanes)
+        self.finish = self._finishing(None)
+
+    def _kernel(self) -> tuple[int, list[int], Any]:
+        """The kernel, further entries of its table, and what they point to."""
+        x, y = self.plan.problem.x_dtype, self.plan.problem.y_dtype
+        return runtime.kernel(f"strip_{self.lanes}_{x}_{y}", lambda: _kernel(self.lanes, x, y)), [], None
+
+    def _finishing(self, bias: Any | None) -> Any:
+        return dense.finishing(
+            self.plan.problem, bias, self.plan.config["padded"], TILES[self.lanes.bits][0], self.lanes
+        )
+
+    def __call__(self, x: Any, k: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
+        """Convolve ``x`` into ``out``."""
+        if packed is None:
+            packed = k if self.packing is None else self.packing(k)
+        finish = self.finish if bias is None else self._finishing(bias)
+        self.task(x, packed, out, np.empty(self.scratch, self.lanes.dtype), finish, self.fill)
 
 
 def filler(lanes: Lanes, stored: str) -> Any:
@@ -208,52 +314,51 @@ def filler(lanes: Lanes, stored: str) -> Any:
     read, _, fill_row = rows(lanes, stored)
 
     @compiled
-    def row(arguments, to, source, phase, j0, wide):
-        """One row of one phase of the columns; no source gives the constant."""
-        constant = get(arguments, FILL)
-        if source == 0:
-            fill_row(to, constant, wide)
-            return
-        inside = get(arguments, INSIDE) + 24 * phase
-        first, last = get(inside, 0), get(inside, 1)
-        start = min(max(first - j0, 0), wide)
-        stop = min(max(last - j0, start), wide)
+    def side(arguments, to, source, columns, first, end):
+        """Places ``first`` to ``end`` of a row one by one, which reach back into x or are the constant."""
         step = get(arguments, SXW)
-        stride = get(arguments, STRIDE)
-        columns = get(arguments, COLUMN_SOURCE) + 8 * (phase * get(arguments, COLUMN_EXTENT) + j0)
-        for side in range(2):
-            u = 0 if side == 0 else stop
-            end = start if side == 0 else wide
-            while u < end:
-                column = get(columns, u)
-                if column < 0:
-                    run = u + 1
-                    while run < end and get(columns, run) < 0:
-                        run += 1
-                    fill_row(to + wide_size * u, constant, run - u)
-                    u = run
-                else:
-                    read(to + wide_size * u, source + column * step, 1, step)
-                    u += 1
-        if start < stop:
-            column = get(inside, 2) + (j0 + start - first) * stride
-            read(to + wide_size * start, source + column * step, stop - start, stride * step)
+        for u in range(first, end):
+            column = get(columns, u)
+            if column < 0:
+                fill_row(to + wide_size * u, get(arguments, FILL), 1)
+            else:
+                read(to + wide_size * u, source + column * step, 1, step)
 
     @compiled
     def fill(arguments, to, image, channels, i0, high, j0, wide):
-        pitch, places = get(arguments, PITCH), get(arguments, PLACES)
+        pitch, places, channel = get(arguments, PITCH), get(arguments, PLACES), get(arguments, CHANNEL)
         row_phases, column_phases = get(arguments, ROW_PHASES), get(arguments, COLUMN_PHASES)
         sources, extent = get(arguments, ROW_SOURCE), get(arguments, ROW_EXTENT)
-        step = get(arguments, SXH)
-        for c in range(channels):
-            plane = image + c * get(arguments, SXC)
+        constant, border = get(arguments, FILL), get(arguments, BORDER)
+        sxc, sxh, sxw = get(arguments, SXC), get(arguments, SXH), get(arguments, SXW)
+        stride = get(arguments, STRIDE)
+        for b in range(column_phases):
+            inside = get(arguments, INSIDE) + 24 * b
+            first, last = get(inside, 0), get(inside, 1)
+            start = min(max(first - j0, 0), wide)
+            stop = min(max(last - j0, start), wide)
+            at = (get(inside, 2) + (j0 + start - first) * stride) * sxw
+            columns = get(arguments, COLUMN_SOURCE) + 8 * (b * get(arguments, COLUMN_EXTENT) + j0)
             for a in range(row_phases):
-                for b in range(column_phases):
-                    base = to + wide_size * (c * get(arguments, CHANNEL) + (a * column_phases + b) * places * pitch)
+                base = to + wide_size * (a * column_phases + b) * places * pitch
+                for c in range(channels):
                     for t in range(high):
                         line = get(sources, a * extent + i0 + t)
-                        source = plane + line * step if line >= 0 else 0
-                        row(arguments, base + wide_size * t * pitch, source, b, j0, wide)
+                        place = base + wide_size * (c * channel + t * pitch)
+                        if line < 0:
+                            fill_row(place, constant, wide)
+                            continue
+                        source = image + c * sxc + line * sxh
+                        if not border:
+                            side(arguments, place, source, columns, 0, start)
+                            side(arguments, place, source, columns, stop, wide)
+                        else:
+                            if start > 0:
+                                fill_row(place, constant, start)
+                            if stop < wide:
+                                fill_row(place + wide_size * stop, constant, wide - stop)
+                        if start < stop:
+                            read(place + wide_size * start, source + at, stop - start, stride * sxw)
 
     return fill
 
@@ -267,6 +372,7 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
     fill = filler(lanes, x_dtype)
     _, write, _ = rows(lanes, y_dtype)
     lane_count = lanes.count
+    pack_block = weights.block(lanes, MR)
 
     @compiled
     def part(a, b, offsets, c, K, stored, pixels, ldc, panels, accumulate, bias, bias_step, floor):
@@ -305,13 +411,17 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
         G_, O_, C_, OH_, OW_ = (
             get(arguments, G), get(arguments, O), get(arguments, C), get(arguments, OH), get(arguments, OW),
         )  # fmt: skip
-        taps, kc, pitch, ldc = get(arguments, TAPS), get(arguments, KC), get(arguments, PITCH), get(arguments, LDC)
+        KH_, KW_ = get(arguments, KH), get(arguments, KW)
+        taps = KH_ * KW_
+        kc, pitch, ldc = get(arguments, KC), get(arguments, PITCH), get(arguments, LDC)
+        raw, sko, skc = get(arguments, RAW), get(arguments, SKO), get(arguments, SKC)
         padded = (O_ + MR - 1) // MR * MR
         images = get(arguments, N) * G_
         down, across, outputs = (OH_ + high - 1) // high, (OW_ + wide - 1) // wide, (O_ + ob - 1) // ob
-        sums = get(arguments, SCRATCH) + wide_size * thread * get(arguments, PER_THREAD)
-        sums = (sums + 63) // 64 * 64
+        mine = get(arguments, SCRATCH) + wide_size * thread * get(arguments, PER_THREAD)
+        sums = (mine + 63) // 64 * 64
         inputs = (sums + wide_size * get(arguments, SUMS) + 63) // 64 * 64
+        own = mine + wide_size * (get(arguments, PER_THREAD) - (ob + MR - 1) // MR * MR * kc * taps)
         finish = get(arguments, FINISH)
         tasks = images * outputs * down * across
         for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
@@ -339,6 +449,14 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
                     j1 - j0 + reach_across,
                 )  # fmt: skip
                 a = weight + wide_size * (c0 * padded + o0 * channels) * taps
+                if raw:
+                    a = own
+                    at = get(arguments, WEIGHTS) + g * get(arguments, SKG) + o0 * sko + c0 * skc
+                    for o in range(panels):
+                        pack_block(
+                            own + wide_size * o * K * MR, at + o * MR * sko, min(MR, o1 - o0 - o * MR), channels, KH_, KW_,
+                            sko, skc, get(arguments, SKP), get(arguments, SKQ),
+                        )  # fmt: skip
                 bias = finish + wide_size * (2 + MR + g * padded + o0) if c0 + channels == C_ else 0
                 multiply(a, inputs, get(arguments, OFFSETS), sums, K, pixels, ldc, panels, c0 > 0, finish, bias)
                 c0 += channels

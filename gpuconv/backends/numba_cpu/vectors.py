@@ -13,13 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils
+from numba.core import types as numba_types
 from numba.extending import intrinsic
+
+types: Any = numba_types  # its stubs leave out half of it
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 VOID = ir.VoidType()
 REAL = {"float32": ir.FloatType(), "float64": ir.DoubleType()}
 STORED = {**REAL, "float16": ir.HalfType(), "bfloat16": I16}  # as in memory
+# Masked, 16-bit floats move as integers: processors without 16-bit arithmetic would move them one by one.
+_MASKED = {**REAL, "float16": I16, "bfloat16": I16}
 SIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 Value = Any  # llvmlite has no types
@@ -104,23 +109,25 @@ class Emitter:
     def masked_load(self, pointer: Value, mask: Value, stored: str | None = None) -> Value:
         """The lanes that ``mask`` has, zero elsewhere; no other memory is touched."""
         stored = stored or self.lanes.dtype
-        kind = ir.VectorType(STORED[stored], self.lanes.count)
-        zero = ir.Constant(kind, [0.0 if stored != "bfloat16" else 0] * self.lanes.count)
+        kind = ir.VectorType(_MASKED[stored], self.lanes.count)
+        zero = ir.Constant(kind, [0.0 if stored in REAL else 0] * self.lanes.count)
         name = f"llvm.masked.load.v{self.lanes.count}{_suffix(stored)}.p0"
         signature = ir.FunctionType(kind, [kind.as_pointer(), I32, mask.type, kind])
         load = cgutils.get_or_insert_function(self.function.module, signature, name)
         source = self.builder.bitcast(pointer, kind.as_pointer())
-        return self.widened(self.builder.call(load, [source, I32(SIZE[stored]), mask, zero]), stored)
+        value = self.builder.call(load, [source, I32(SIZE[stored]), mask, zero])
+        return self.widened(self.builder.bitcast(value, ir.VectorType(STORED[stored], self.lanes.count)), stored)
 
     def masked_store(self, value: Value, pointer: Value, mask: Value, stored: str | None = None) -> None:
         """Write the lanes that ``mask`` has; no other memory is touched."""
         stored = stored or self.lanes.dtype
-        kind = ir.VectorType(STORED[stored], self.lanes.count)
+        kind = ir.VectorType(_MASKED[stored], self.lanes.count)
         name = f"llvm.masked.store.v{self.lanes.count}{_suffix(stored)}.p0"
         signature = ir.FunctionType(VOID, [kind, kind.as_pointer(), I32, mask.type])
         store = cgutils.get_or_insert_function(self.function.module, signature, name)
         target = self.builder.bitcast(pointer, kind.as_pointer())
-        self.builder.call(store, [self.narrowed(value, stored), target, I32(SIZE[stored]), mask])
+        bits = self.builder.bitcast(self.narrowed(value, stored), kind)
+        self.builder.call(store, [bits, target, I32(SIZE[stored]), mask])
 
     def prefetch(self, pointer: Value, level: int = 3) -> None:
         """Ask for the cache line at ``pointer``, which may lie anywhere; 3 is the first-level cache, 2 the second."""
@@ -175,7 +182,9 @@ class Emitter:
     def _splat(self, kind: Value, scalar: Value) -> Value:
         undefined = ir.Constant(kind, ir.Undefined)
         first = self.builder.insert_element(undefined, scalar, I32(0))
-        return self.builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count))
+        return self.builder.shuffle_vector(
+            first, undefined, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
+        )
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a·b + c, rounded once."""
@@ -225,7 +234,7 @@ class Emitter:
 
 
 def _suffix(dtype: str) -> str:
-    return {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "i16"}[dtype]
+    return {"float32": "f32", "float64": "f64", "float16": "i16", "bfloat16": "i16"}[dtype]
 
 
 def routine(name: str, lanes: Lanes, kinds: str, emit: Callable[..., None]) -> Any:

@@ -18,7 +18,8 @@ from gpuconv.backends.numba_cpu.copies import compiled
 from gpuconv.backends.numba_cpu.vectors import I64, Emitter, Lanes, Value, get, routine, scalar
 
 # The table of arguments of the kernel that packs.
-K, PACKED, G, O, C, KH, KW, KC, SG, SO, SC, SP, SQ = range(13)
+K, PACKED = range(2)
+G, O, C, KH, KW, KC, SG, SO, SC, SP, SQ = range(runtime.ARRAYS, runtime.ARRAYS + 11)
 
 
 def size(groups: int, outputs: int, products: int, rows: int) -> int:
@@ -26,7 +27,7 @@ def size(groups: int, outputs: int, products: int, rows: int) -> int:
     return groups * -(-outputs // rows) * rows * products
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def panel(lanes: Lanes, rows: int) -> Any:
     """A function of (to, source, ld, count, present): to[k·rows + i] = source[i·ld + k], zero from i = present on."""
     if rows & (rows - 1) or lanes.count < 2:
@@ -76,7 +77,11 @@ def packer(lanes: Lanes, rows: int) -> int:
     return runtime.kernel(f"weights_{lanes}_{rows}", lambda: _packer(lanes, rows))
 
 
-def _packer(lanes: Lanes, rows: int) -> Callable[..., None]:
+@functools.lru_cache(maxsize=64)
+def block(lanes: Lanes, rows: int) -> Any:
+    """A function for compiled code: block(to, source, present, channels, KH, KW, so, sc, sp, sq) packs one panel of one
+    block from ``source``; steps in bytes, the first ``present`` of the panel's outputs exist.
+    """
     wide = lanes.size
     load, store = scalar(lanes.dtype)
     shuffled = panel(lanes, rows)
@@ -84,51 +89,68 @@ def _packer(lanes: Lanes, rows: int) -> Callable[..., None]:
     shuffled = shuffled or routine(f"no_panel_{lanes}", lanes, "eeiii", lambda *arguments: None)
 
     @compiled
-    def one(arguments, g, o, c0, channels, to):
-        """One panel of one block."""
-        O_, KH_, KW_ = get(arguments, O), get(arguments, KH), get(arguments, KW)
-        so, sc, sp, sq = get(arguments, SO), get(arguments, SC), get(arguments, SP), get(arguments, SQ)
-        present = min(rows, O_ - o)
-        source = get(arguments, K) + g * get(arguments, SG) + o * so + c0 * sc
-        contiguous = (sq == wide or KW_ == 1) and (sp == KW_ * wide or KH_ == 1) and sc == KH_ * KW_ * wide
+    def pack_block(to, source, present, channels, KH, KW, so, sc, sp, sq):
+        contiguous = (sq == wide or KW == 1) and (sp == KW * wide or KH == 1) and sc == KH * KW * wide
         if has_shuffles and contiguous and so % wide == 0:
-            shuffled((to, source, so // wide, channels * KH_ * KW_, present))
-        else:
-            for c in range(channels):
-                for p in range(KH_):
-                    for q in range(KW_):
-                        at = source + c * sc + p * sp + q * sq
-                        for i in range(present):
-                            store(to + i * wide, load(at + i * so))
-                        for i in range(present, rows):
-                            store(to + i * wide, 0.0)
-                        to += rows * wide
+            shuffled((to, source, so // wide, channels * KH * KW, present))
+            return
+        for c in range(channels):
+            for p in range(KH):
+                for q in range(KW):
+                    at = source + c * sc + p * sp + q * sq
+                    for i in range(present):
+                        store(to + i * wide, load(at + i * so))
+                    for i in range(present, rows):
+                        store(to + i * wide, 0.0)
+                    to += rows * wide
+
+    return pack_block
+
+
+def _packer(lanes: Lanes, rows: int) -> Callable[..., None]:
+    wide = lanes.size
+    pack_block = block(lanes, rows)
 
     def pack(arguments, thread, threads):
-        O_, C_, kc = get(arguments, O), get(arguments, C), get(arguments, KC)
-        taps = get(arguments, KH) * get(arguments, KW)
+        O_, C_, KH_, KW_, kc = (
+            get(arguments, O), get(arguments, C), get(arguments, KH), get(arguments, KW), get(arguments, KC),
+        )  # fmt: skip
+        so, sc, sp, sq = get(arguments, SO), get(arguments, SC), get(arguments, SP), get(arguments, SQ)
+        taps = KH_ * KW_
         panels = (O_ + rows - 1) // rows
         tasks = get(arguments, G) * panels
         for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
             g, o = task // panels, task % panels
             start = get(arguments, PACKED) + g * panels * rows * C_ * taps * wide
+            source = get(arguments, K) + g * get(arguments, SG) + o * rows * so
             c0 = 0
             while c0 < C_:
                 channels = min(kc, C_ - c0)
                 to = start + (c0 * panels + o * channels) * rows * taps * wide
-                one(arguments, g, o * rows, c0, channels, to)
+                pack_block(to, source + c0 * sc, min(rows, O_ - o * rows), channels, KH_, KW_, so, sc, sp, sq)
                 c0 += kc
 
     return pack
 
 
-def pack(k: Any, lanes: Lanes, rows: int, kc: int, threads: int) -> np.ndarray[Any, Any]:
-    """The packed form of the view ``k`` (G, O, C, KH, KW), of any strides."""
-    G_, O_, C_, KH_, KW_ = k.shape
-    if k.dtype != lanes.dtype or not k.dtype.isnative:
-        with np.errstate(all="ignore"):
-            k = k.astype(lanes.dtype)
-    packed = runtime.aligned(size(G_, O_, C_ * KH_ * KW_, rows), lanes)
-    table = [k.ctypes.data, packed.ctypes.data, G_, O_, C_, KH_, KW_, kc, *k.strides]
-    runtime.run(packer(lanes, rows), np.array(table, np.int64), threads)
-    return packed
+class Packing:
+    """The packing of weights of one shape and strides."""
+
+    def __init__(self, k: Any, lanes: Lanes, rows: int, kc: int, threads: int) -> None:
+        """For views like ``k`` (G, O, C, KH, KW), of any strides."""
+        G_, O_, C_, KH_, KW_ = k.shape
+        self.lanes, self.count = lanes, size(G_, O_, C_ * KH_ * KW_, rows)
+        self.converted = k.dtype != lanes.dtype or not k.dtype.isnative
+        strides = np.empty_like(k, lanes.dtype).strides if self.converted else k.strides
+        # Starting threads costs more than packing little.
+        threads = threads if self.count >= 1 << 16 else 1
+        self.task = runtime.Task(packer(lanes, rows), [G_, O_, C_, KH_, KW_, kc, *strides], threads)
+
+    def __call__(self, k: Any) -> np.ndarray[Any, Any]:
+        """The packed form of ``k``."""
+        if self.converted:
+            with np.errstate(all="ignore"):
+                k = k.astype(self.lanes.dtype)
+        packed = runtime.aligned(self.count, self.lanes.dtype)
+        self.task(k, packed, packed)
+        return packed

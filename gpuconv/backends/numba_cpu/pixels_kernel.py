@@ -1,0 +1,289 @@
+"""The micro-kernel for channels that lie side by side (NHWC): MP pixels × NV vectors of output channels.
+
+    y[py[i] + o] = (y[py[i] + o] +) Σ_r Σ_k x[px[i] + offset[r] + k] · A[r, k, o]          0 ≤ i < MP, 0 ≤ o < NV·lanes
+
+Each pixel has an address of its own, so that nothing needs to be copied or regular; a *run* is what lies side by side
+in x, such as the channels of a pixel or a whole kernel row of a padded copy. A is packed, NV·lanes numbers per product.
+The sums of some runs begin at zero, and are *flushed* into y where the table says so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
+
+from gpuconv.backends.numba_cpu import runtime
+from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.vectors import I64, Emitter, Lanes, Value, get, routine, scalar
+
+# Pixels by the bits of a register and the vectors of output channels: as many sums as the register file holds beside
+# the vectors of A and one pixel. More pixels than twelve would not leave enough registers for their addresses.
+PIXELS = {512: {4: 6, 3: 8, 2: 12, 1: 12}, 256: {2: 6, 1: 12}, 128: {4: 6, 3: 8, 2: 12, 1: 12}}
+
+
+def vectors_of(outputs: int, lanes: Lanes) -> int:
+    """Vectors of output channels of a panel, so that little of the last panel is in vain. One vector for each
+    pixel that is read is the slowest.
+    """
+    needed = -(-outputs // lanes.count)
+    choices = sorted(PIXELS[lanes.bits], reverse=True)
+    return min(choices, key=lambda count: -(-needed // count) * count * (1.15 if count == 1 else 1))
+
+
+@functools.cache
+def tile(lanes: Lanes, pixels: int, vectors: int) -> Any:
+    """The micro-kernel: a function of (A, x, runs, px, py, y, R, accumulate, final, last, bias, floor, next, rate).
+
+    ``runs`` is a table of R times (offset, products, flush); the last run is always flushed. Only the first flush
+    without ``accumulate`` does not read y. The last flush of a ``final`` call adds the vectors at ``bias`` and raises
+    what is below the number at ``floor``. The first ``last`` outputs of the panel exist in y. Each product fetches the
+    memory at ``next`` into the second-level cache, ``rate`` elements further from product to product.
+    """
+
+    def emit(e: Emitter, a: Value, x: Value, runs: Value, px: Value, py: Value, y: Value, R: Value, accumulate: Value,
+             final: Value, last: Value, bias: Value, floor: Value, following: Value, rate: Value) -> None:  # fmt: skip
+        builder = e.builder
+        entry, run, loop, ended = builder.block, e.block("run"), e.block("loop"), e.block("ended")
+        flush, add, flushed, plain, finish, after, done = (
+            e.block(name) for name in ("flush", "add", "flushed", "plain", "finish", "after", "done")
+        )
+        masks = _masks(e, last, vectors)
+        addresses = [e.at(x, builder.load(e.at(px, i))) for i in range(pixels)]
+        builder.branch(run)
+
+        builder.position_at_end(run)
+        r, weights, ahead, more = (builder.phi(kind) for kind in (I64, a.type, following.type, I64))
+        for phi, value in ((r, I64(0)), (weights, a), (ahead, following), (more, accumulate)):
+            phi.add_incoming(value, entry)
+        begun = e.sums(pixels, vectors, [(entry, None)])
+        entry_of = builder.mul(r, I64(3))
+        offset, count = builder.load(e.at(runs, entry_of)), builder.load(e.at(runs, entry_of, 1))
+        here = [e.at(address, offset) for address in addresses]
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        k, weight, fetched = (builder.phi(kind) for kind in (I64, a.type, following.type))
+        for phi, value in ((k, I64(0)), (weight, weights), (fetched, ahead)):
+            phi.add_incoming(value, run)
+        sums = e.sums(pixels, vectors, [(run, begun)])
+        e.prefetch(fetched, 2)
+        w = [e.load(e.at(weight, j * e.lanes.count)) for j in range(vectors)]
+        new = []
+        for i in range(pixels):
+            pixel = e.splat(builder.load(e.at(here[i], k)))
+            new.append([e.fma(pixel, w[j], sums[i][j]) for j in range(vectors)])
+        following_k = builder.add(k, I64(1))
+        following_weight, following_fetch = e.at(weight, vectors * e.lanes.count), e.at(fetched, rate)
+        for phi, value in ((k, following_k), (weight, following_weight), (fetched, following_fetch)):
+            phi.add_incoming(value, loop)
+        _incoming(sums, new, loop)
+        builder.cbranch(builder.icmp_signed("<", following_k, count), loop, ended)
+
+        builder.position_at_end(ended)
+        builder.cbranch(builder.icmp_signed("!=", builder.load(e.at(runs, entry_of, 2)), I64(0)), flush, after)
+
+        builder.position_at_end(flush)
+        following_r = builder.add(r, I64(1))
+        places = [e.at(y, builder.load(e.at(py, i))) for i in range(pixels)]
+        builder.cbranch(builder.icmp_signed("!=", more, I64(0)), add, flushed)
+        builder.position_at_end(add)
+        added = []
+        for i in range(pixels):
+            before = [e.masked_load(e.at(places[i], j * e.lanes.count), masks[j]) for j in range(vectors)]
+            added.append([builder.fadd(before[j], new[i][j]) for j in range(vectors)])
+        builder.branch(flushed)
+
+        builder.position_at_end(flushed)
+        totals = e.sums(pixels, vectors, [(flush, new), (add, added)])
+        is_last = builder.icmp_signed("==", following_r, R)
+        builder.cbranch(builder.and_(is_last, builder.icmp_signed("!=", final, I64(0))), finish, plain)
+
+        def written(i: int, j: int, value: Value) -> None:
+            e.masked_store(value, e.at(places[i], j * e.lanes.count), masks[j])
+
+        builder.position_at_end(plain)
+        for i in range(pixels):
+            for j in range(vectors):
+                written(i, j, totals[i][j])
+        builder.branch(after)
+
+        builder.position_at_end(finish)
+        least = e.splat(builder.load(floor))
+        for j in range(vectors):
+            b = e.load(e.at(bias, j * e.lanes.count))
+            for i in range(pixels):
+                value = builder.fadd(totals[i][j], b)
+                written(i, j, builder.select(builder.fcmp_ordered("<", value, least), least, value))
+        builder.branch(done)
+
+        builder.position_at_end(after)
+        going = e.sums(pixels, vectors, [(ended, new), (plain, None)])
+        now = builder.phi(I64)
+        now.add_incoming(more, ended)
+        now.add_incoming(I64(1), plain)
+        next_r = builder.add(r, I64(1))
+        for phi, value in ((r, next_r), (weights, following_weight), (ahead, following_fetch), (more, now)):
+            phi.add_incoming(value, after)
+        _incoming(begun, going, after)
+        builder.cbranch(builder.icmp_signed("<", next_r, R), run, done)
+        builder.position_at_end(done)
+
+    return routine(f"pixels_{lanes}_{pixels}x{vectors}", lanes, "eettteiiiieeei", emit)
+
+
+def _incoming(phis: list[list[Value]], values: list[list[Value]], block: Value) -> None:
+    """The values that ``phis`` take on the way from ``block``."""
+    for phi_row, row in zip(phis, values, strict=True):
+        for phi, value in zip(phi_row, row, strict=True):
+            phi.add_incoming(value, block)
+
+
+def _masks(e: Emitter, last: Value, vectors: int) -> list[Value]:
+    """Which lanes of each vector of a panel are among its first ``last`` outputs."""
+    return [e.mask(e.builder.sub(last, I64(j * e.lanes.count))) for j in range(vectors)]
+
+
+@functools.cache
+def zeros(lanes: Lanes, vectors: int) -> Any:
+    """A function of (py, y, count, last) that writes zero where the micro-kernel for ``count`` pixels would write."""
+
+    def emit(e: Emitter, py: Value, y: Value, count: Value, last: Value) -> None:
+        masks = _masks(e, last, vectors)
+
+        def body(i: Value) -> None:
+            place = e.at(y, e.builder.load(e.at(py, i)))
+            for j in range(vectors):
+                e.masked_store(e.zero, e.at(place, j * e.lanes.count), masks[j])
+
+        e.loop(0, count, 1, body)
+
+    return routine(f"pixels_zero_{lanes}_{vectors}", lanes, "teii", emit)
+
+
+@intrinsic
+def put(typing: Any, address: Any, index: Any, value: Any) -> Any:
+    """Write the 64-bit integer number ``index`` at ``address``."""
+
+    def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        base, at, number = (
+            context.cast(builder, v, t, types.intp) for v, t in zip(values, signature.args, strict=True)
+        )
+        builder.store(number, builder.gep(builder.inttoptr(base, I64.as_pointer()), [at]))
+        return context.get_dummy_value()
+
+    return types.void(address, index, value), lower
+
+
+# ---- weights: packed[g][panel][(p, q, c)][o], NV·lanes outputs a panel, those beyond the last channel zero
+
+# The table of arguments of the kernel that packs.
+K, PACKED, PLACES, *_ = range(runtime.ARRAYS)
+G, O, C, KH, KW, TRANSPOSED, SG, SO, SC, SP, SQ = range(runtime.ARRAYS, runtime.ARRAYS + 11)
+
+
+def _transposed(e: Emitter, to: Value, source: Value, places: Value, ld: Value, count: Value, present: Value,
+                width: Value) -> None:  # fmt: skip
+    """to[places[k]·width + i] = source[i·ld + k] for as many i as there are lanes, zero from i = present on."""
+    builder, n = e.builder, e.lanes.count
+    low = [lane // 2 + n * (lane % 2) for lane in range(n)]
+    high = [n // 2 + lane // 2 + n * (lane % 2) for lane in range(n)]
+
+    def body(k: Value) -> None:
+        left = builder.sub(count, k)
+        columns = []
+        for i in range(n):
+            there = builder.select(builder.icmp_signed("<", I64(i), present), left, I64(0))
+            columns.append(e.masked_load(e.at(source, e.times(ld, i), k), e.mask(there)))
+        half = n // 2
+        size = n
+        while size > 1:  # each vector merged, element by element, with its partner half the rows away
+            columns = [e.shuffle(columns[i], columns[i + half], order) for i in range(half) for order in (low, high)]
+            size //= 2
+        for u in range(n):
+            with builder.if_then(builder.icmp_signed("<", I64(u), left)):
+                e.store(columns[u], e.at(to, builder.mul(builder.load(e.at(places, k, u)), width)))
+
+    k = e.loop(0, count, n, body)
+    with builder.if_then(builder.icmp_signed("<", k, count)):
+        body(k)
+
+
+def _packer(lanes: Lanes, vectors: int) -> Callable[..., None]:
+    size, count, width = lanes.size, lanes.count, vectors * lanes.count
+    transposed = routine(f"pixels_panel_{lanes}", lanes, "eetiiii", _transposed)
+    read, _, _ = rows(lanes, lanes.dtype)
+    _, store = scalar(lanes.dtype)
+
+    @compiled
+    def scattered(arguments, to, source, present):
+        """A vector of outputs from memory of any order."""
+        for p in range(get(arguments, KH)):
+            for q in range(get(arguments, KW)):
+                for c in range(get(arguments, C)):
+                    at = source + c * get(arguments, SC) + p * get(arguments, SP) + q * get(arguments, SQ)
+                    read(to, at, present, get(arguments, SO))
+                    for o in range(present, count):
+                        store(to + o * size, 0.0)
+                    to += width * size
+
+    def pack(arguments, thread, threads):
+        O_, so = get(arguments, O), get(arguments, SO)
+        products = get(arguments, C) * get(arguments, KH) * get(arguments, KW)
+        parts = (O_ + width - 1) // width * vectors
+        tasks = get(arguments, G) * parts
+        for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
+            g, part = task // parts, task % parts
+            panel = task // vectors
+            to = get(arguments, PACKED) + size * (panel * products * width + part % vectors * count)
+            present = min(max(O_ - part * count, 0), count)
+            source = get(arguments, K) + g * get(arguments, SG)
+            if present > 0:
+                source += part * count * so
+            if get(arguments, TRANSPOSED):
+                transposed((to, source, get(arguments, PLACES), so // size, products, present, width))
+            else:
+                scattered(arguments, to, source, present)
+
+    return pack
+
+
+def packed_size(groups: int, outputs: int, products: int, width: int) -> int:
+    """Elements of the packed weights."""
+    return groups * -(-outputs // width) * width * products
+
+
+class Packing:
+    """The packing of weights of one shape and strides."""
+
+    def __init__(self, k: Any, lanes: Lanes, vectors: int, threads: int) -> None:
+        """For views like ``k`` (G, O, C, KH, KW), of any strides."""
+        G_, O_, C_, KH_, KW_ = k.shape
+        self.lanes, self.count = lanes, packed_size(G_, O_, C_ * KH_ * KW_, vectors * lanes.count)
+        self.converted = k.dtype != lanes.dtype or not k.dtype.isnative
+        like = np.empty_like(k, lanes.dtype) if self.converted else k
+        order, one = np.arange(C_ * KH_ * KW_).reshape(KH_, KW_, C_), like[0, 0]  # the place of each product
+        known = like.strides[1] % lanes.size == 0 and lanes.count > 1
+        if known and one.flags.c_contiguous:
+            self.places = np.ascontiguousarray(order.transpose(2, 0, 1))
+        elif known and one.transpose(1, 2, 0).flags.c_contiguous:
+            self.places = order
+        else:
+            known, self.places = False, order
+        # Starting threads costs more than packing little.
+        threads = threads if self.count >= 1 << 16 else 1
+        kernel = runtime.kernel(f"pixels_weights_{lanes}_{vectors}", lambda: _packer(lanes, vectors))
+        self.task = runtime.Task(kernel, [G_, O_, C_, KH_, KW_, int(known), *like.strides], threads)
+
+    def __call__(self, k: Any) -> np.ndarray[Any, Any]:
+        """The packed form of ``k``."""
+        if self.converted:
+            with np.errstate(all="ignore"):
+                k = k.astype(self.lanes.dtype)
+        packed = runtime.aligned(self.count, self.lanes.dtype)
+        self.task(k, packed, self.places)
+        return packed

@@ -1,0 +1,256 @@
+"""The compiled part of ``pixels``: units of work, their lists of pixels, and the loops around the micro-kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gpuconv.backends.numba_cpu import runtime
+from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.pixels_kernel import PIXELS, put, tile, zeros
+from gpuconv.backends.numba_cpu.vectors import Lanes, get
+
+IN_PLACE, STRIPS, TAPS = range(3)
+
+# The table of arguments.
+X, WEIGHTS, Y, SCRATCH, FINISH, FILL = range(runtime.ARRAYS)
+(
+    SXN, SXG, SXC, SXH, SXW, SYN, SYG, SYO, SYH, SYW,  # steps in bytes
+    COPY_X, COPY_Y,  # whether x and y are copied
+    N, G, C, O, H, W, OH, OW, KH, KW, TOP, LEFT, DOWN, ACROSS, STEP_DOWN, STEP_ACROSS,  # strides, dilations
+    WAY, IMAGES, HIGH, WIDE, COUNT, SHARES,  # a unit: images, output rows and columns, pixels; shares of the panels
+    INSIDE, STAGES, STAGE_TABLE, RUN_TABLE,  # whether weights are the inner loop
+    PITCH, INPUTS, SUMS, LISTS, PER_THREAD,  # elements of a copied row, of the copies; lists of pixels; bytes in all
+) = range(runtime.ARRAYS, runtime.ARRAYS + 43)  # fmt: skip
+
+
+def _copier(lanes: Lanes, stored: str) -> Any:
+    """A function that copies a window of an image, with what lies outside: copy(arguments, to, pitch, image, top, high,
+    left, wide).
+    """
+    size = lanes.size
+    read, _, fill = rows(lanes, stored)
+
+    @compiled
+    def copy(arguments, to, pitch, image, top, high, left, wide):
+        H_, W_, C_, constant = get(arguments, H), get(arguments, W), get(arguments, C), get(arguments, FILL)
+        sxc, sxw = get(arguments, SXC), get(arguments, SXW)
+        start = min(max(-left, 0), wide)
+        stop = min(max(W_ - left, start), wide)
+        one = sxc * C_ == sxw  # all channels of all pixels have one step
+        for row in range(high):
+            line = to + row * pitch * size
+            if top + row < 0 or top + row >= H_ or start == stop:
+                fill(line, constant, wide * C_)
+            else:
+                fill(line, constant, start * C_)
+                fill(line + stop * C_ * size, constant, (wide - stop) * C_)
+                source = image + (top + row) * get(arguments, SXH) + (left + start) * sxw
+                if one:
+                    read(line + start * C_ * size, source, (stop - start) * C_, sxc)
+                else:
+                    for column in range(start, stop):
+                        read(line + column * C_ * size, source, C_, sxc)
+                        source += sxw
+
+    return copy
+
+
+def _multiplier(lanes: Lanes, vectors: int) -> Any:
+    """A function that multiplies listed pixels with panels [o0, o1) of weights."""
+    size, width, most = lanes.size, vectors * lanes.count, PIXELS[lanes.bits][vectors]
+    half, line = most // 2, 64 // lanes.size
+    # A few pixels less than a tile are made of smaller tiles.
+    tile0, tile1, tile2, tile3 = (tile(lanes, count, vectors) for count in (most, half, 2, 1))
+    zero = zeros(lanes, vectors)
+
+    @compiled
+    def multiply(arguments, g, o0, o1, count, x, y, px, py, counts, lists):
+        O_, stages, inside = get(arguments, O), get(arguments, STAGES), get(arguments, INSIDE)
+        stage_table, run_table, by_taps = get(arguments, STAGE_TABLE), get(arguments, RUN_TABLE), lists != 0
+        products = get(arguments, C) * get(arguments, KH) * get(arguments, KW)
+        padded = (O_ + width - 1) // width * width
+        finish = get(arguments, FINISH)
+        weights = get(arguments, WEIGHTS) + size * g * padded * products
+        step = most if inside else count
+        for start in range(0, count, step):
+            for o in range(o0, o1):
+                last = O_ - o * width
+                place = y + size * o * width
+                if by_taps:
+                    zero((py, place, count, last))
+                for s in range(stages):
+                    stage = stage_table + 56 * s
+                    a = weights + size * width * (o * products + get(stage, 3))
+                    run, R, here = run_table + 24 * get(stage, 0), get(stage, 1), get(stage, 2)
+                    stop = min(start + step, count)
+                    i, j = px + 8 * start, py + 8 * start
+                    if by_taps:
+                        stop = get(counts, s)
+                        i, j = lists + 16 * count * s, lists + 8 * count * (2 * s + 1)
+                    rate, following = 0, a
+                    if inside == 0 and (s + 1 < stages or o + 1 < o1):
+                        # What comes next, fetched evenly over the tiles of this stage.
+                        if s + 1 < stages:
+                            following = weights + size * width * (o * products + get(stage, 10))
+                        else:
+                            following = weights + size * width * ((o + 1) * products + get(stage_table, 3))
+                        tiles = (stop + most - 1) // most
+                        rate = min((width + tiles - 1) // max(tiles, 1), line)
+                    fetched = size * rate * here
+                    more = 1 if by_taps or s > 0 else 0
+                    final = 1 if s + 1 == stages else 0
+                    bias = finish + size * (2 + final * (width + g * padded + o * width))
+                    floor = finish + size * final
+                    left = stop - start
+                    while left > 0:
+                        if left >= most:
+                            tile0((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
+                            made = most
+                        elif left >= half:
+                            tile1((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
+                            made = half
+                        elif left >= 2:
+                            tile2((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
+                            made = 2
+                        else:
+                            tile3((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
+                            made = 1
+                        left -= made
+                        i += 8 * made
+                        j += 8 * made
+                        following += fetched
+
+    return multiply
+
+
+def _lister(lanes: Lanes, stored: str) -> Any:
+    """A function that lists the pixels of a unit and copies what they read: how many they are, and where x is."""
+    size = lanes.size
+    copy = _copier(lanes, stored)
+    read, _, _ = rows(lanes, stored)
+
+    @compiled
+    def listed(arguments, unit, g, px, py, targets, counts, lists, copied, pitch_y):
+        way, C_, copy_x, copy_y = get(arguments, WAY), get(arguments, C), get(arguments, COPY_X), get(arguments, COPY_Y)
+        OH_, OW_, down, across = get(arguments, OH), get(arguments, OW), get(arguments, DOWN), get(arguments, ACROSS)
+        H_, W_, top, left = get(arguments, H), get(arguments, W), get(arguments, TOP), get(arguments, LEFT)
+        step_down, step_across = get(arguments, STEP_DOWN), get(arguments, STEP_ACROSS)
+        sxn, sxh, sxw, pitch = get(arguments, SXN), get(arguments, SXH), get(arguments, SXW), get(arguments, PITCH)
+        syn, syh, syw = get(arguments, SYN), get(arguments, SYH), get(arguments, SYW)
+        image = get(arguments, X) + g * get(arguments, SXG)
+        x = copied if copy_x else image
+        high, wide = get(arguments, HIGH), get(arguments, WIDE)
+        # The first pixel and how many; columns [j0, j1); bytes from x to the first pixel's, and from pixel to pixel.
+        if way == IN_PLACE:
+            first = unit * get(arguments, COUNT)
+            count = min(get(arguments, COUNT), get(arguments, N) * OH_ * OW_ - first)
+            n, i, j = first // (OH_ * OW_), first // OW_ % OH_, first % OW_
+            j0, j1 = 0, OW_
+            at, to_n, to_i, to_j = -top * sxh - left * sxw, sxn, down * sxh, across * sxw
+        elif way == STRIPS:
+            strips, columns = (OH_ + high - 1) // high, (OW_ + wide - 1) // wide
+            n, place = unit // (strips * columns), unit % (strips * columns)
+            i, j0 = place // columns * high, place % columns * wide
+            j, j1 = j0, min(j0 + wide, OW_)
+            high, wide = min(high, OH_ - i), j1 - j0
+            count = high * wide
+            copy(
+                arguments, copied, pitch, image + n * sxn, i * down - top,
+                (high - 1) * down + (get(arguments, KH) - 1) * step_down + 1, j0 * across - left,
+                (wide - 1) * across + (get(arguments, KW) - 1) * step_across + 1,
+            )  # fmt: skip
+            to_n, to_i, to_j = 0, size * down * pitch, size * across * C_
+            at = -i * to_i - j0 * to_j
+        else:
+            n = unit * get(arguments, IMAGES)
+            images = min(get(arguments, IMAGES), get(arguments, N) - n)
+            count = images * OH_ * OW_
+            i, j, j0, j1 = 0, 0, 0, OW_
+            at, to_n, to_i, to_j = 0, 0, 0, 0
+            x_n, x_h, x_w = sxn // size, sxh // size, sxw // size
+            if copy_x:
+                for m in range(images):
+                    copy(arguments, copied + size * m * H_ * pitch, pitch, image + (n + m) * sxn, 0, H_, 0, W_)
+                x_n, x_h, x_w = H_ * pitch, pitch, C_
+            else:
+                x += n * sxn
+        for q in range(count):
+            target = n * syn + i * syh + j * syw
+            put(targets, q, target)
+            put(py, q, q * pitch_y if copy_y else target // size)
+            source = at + n * to_n + i * to_i + j * to_j
+            if way == IN_PLACE and copy_x:
+                read(copied + size * q * C_, image + source, C_, get(arguments, SXC))
+                source = size * q * C_
+            put(px, q, source // size)
+            j += 1
+            if j == j1:
+                j = j0
+                i += 1
+                if i == OH_:
+                    i = 0
+                    n += 1
+        if way == TAPS:
+            for s in range(get(arguments, STAGES)):
+                stage = get(arguments, STAGE_TABLE) + 56 * s
+                to_x, to_y = lists + 16 * count * s, lists + 8 * count * (2 * s + 1)
+                t, found = get(stage, 5) * step_down - top, 0
+                l = get(stage, 6) * step_across - left
+                for q in range(count):
+                    m, i, j = q // (OH_ * OW_), q // OW_ % OH_ * down + t, q % OW_ * across + l
+                    if i >= 0 and i < H_ and j >= 0 and j < W_:
+                        put(to_x, found, m * x_n + i * x_h + j * x_w)
+                        put(to_y, found, get(py, q))
+                        found += 1
+                put(counts, s, found)
+        return count, x
+
+    return listed
+
+
+def kernel(lanes: Lanes, vectors: int, x_dtype: str, y_dtype: str) -> Callable[..., None]:
+    """The kernel: units of work are shared out over the threads."""
+    size, width = lanes.size, vectors * lanes.count
+    _, write, _ = rows(lanes, y_dtype)
+    listed, multiply = _lister(lanes, x_dtype), _multiplier(lanes, vectors)
+
+    def work(arguments, thread, threads):
+        scratch = (get(arguments, SCRATCH) + 63) // 64 * 64 + thread * get(arguments, PER_THREAD)
+        most = get(arguments, COUNT)
+        px = scratch
+        py = px + 8 * most
+        targets = py + 8 * most
+        counts = targets + 8 * most
+        lists = counts + 8 * get(arguments, LISTS) if get(arguments, WAY) == TAPS else 0
+        copied = counts + 8 * get(arguments, LISTS) * (2 * most + 1)
+        copied = (copied + 63) // 64 * 64
+        sums = copied
+        if get(arguments, COPY_X):
+            sums = (copied + size * get(arguments, INPUTS) + 63) // 64 * 64
+        shares, G_, O_ = get(arguments, SHARES), get(arguments, G), get(arguments, O)
+        panels = (O_ + width - 1) // width
+        way = get(arguments, WAY)
+        if way == IN_PLACE:
+            units = (get(arguments, N) * get(arguments, OH) * get(arguments, OW) + most - 1) // most
+        elif way == STRIPS:
+            units = (get(arguments, OH) + get(arguments, HIGH) - 1) // get(arguments, HIGH)
+            units *= (get(arguments, OW) + get(arguments, WIDE) - 1) // get(arguments, WIDE) * get(arguments, N)
+        else:
+            units = (get(arguments, N) + get(arguments, IMAGES) - 1) // get(arguments, IMAGES)
+        tasks = G_ * shares * units
+        for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
+            g, share, unit = task // (shares * units), task // units % shares, task % units
+            o0, o1 = share * panels // shares, (share + 1) * panels // shares
+            pitch = (o1 - o0) * width
+            count, x = listed(arguments, unit, g, px, py, targets, counts, lists, copied, pitch)
+            y = get(arguments, Y) + g * get(arguments, SYG)
+            place = sums - size * o0 * width if get(arguments, COPY_Y) else y
+            multiply(arguments, g, o0, o1, count, x, place, px, py, counts, lists)
+            if get(arguments, COPY_Y):
+                present = min(O_, o1 * width) - o0 * width
+                for q in range(count):
+                    target = y + get(targets, q) + o0 * width * get(arguments, SYO)
+                    write(target, sums + size * q * pitch, present, get(arguments, SYO))
+
+    return work

@@ -1,0 +1,240 @@
+"""1×1 convolutions of channels-first images: a matrix product with x itself, panel by panel.
+
+    y[n,o,q] = b[o] + Σ_c x[n,c,q] · k[o,c]          q: a pixel, at any stride
+
+The pixels of a plane lie far from those of the next: read in place, a product over the channels would touch a page of
+memory per channel. So the channels of a few registers' width of pixels are first gathered in a panel, which all output
+channels then read from the cache; meanwhile the micro-kernel fetches the next panel's pixels. Results go straight to y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpuconv import schedule
+from gpuconv.backends import phases
+from gpuconv.backends.numba_cpu import dense, runtime, strip, weights
+from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.microkernel import TILES, tile
+from gpuconv.backends.numba_cpu.vectors import Lanes, get
+from gpuconv.backends.protocol import Operands, Plan, Target
+from gpuconv.problem import NO_PADS, Conv2dProblem
+
+NAME = "numba_cpu.pointwise"
+DEVICE = "cpu"
+ARRAYS = "numpy"
+OPS = frozenset(("forward", "input_grad"))
+
+unavailable = runtime.unavailable
+
+X, WEIGHTS, Y, SCRATCH, FINISH, OFFSETS = range(runtime.ARRAYS)
+(
+    SXN, SXG, SXC, SXH, SXW, SYN, SYG, SYO,  # steps in bytes
+    N, G, C, O, OW, PIXELS, KC, OUTPUTS, AT_ONCE, FLAT, SH, SW, PER_THREAD,
+) = range(runtime.ARRAYS, runtime.ARRAYS + 21)  # fmt: skip
+
+# Bytes of a block of weights, which stays in a core's second-level cache.
+_WEIGHTS = 1 << 20
+
+
+def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
+    """Why it cannot run ``problem``."""
+    reasons = dense.unsupported(problem, target)
+    if (problem.KH, problem.KW) != (1, 1):
+        reasons.append(f"it is for 1×1 kernels; this one is {problem.KH}×{problem.KW}")
+    elif any(part.padding != NO_PADS for part in dense.parts(problem)):
+        reasons.append("it is for images without padding")
+    if problem.y_dtype != problem.sum_dtype:
+        reasons.append(f"it writes its sums as they are; {problem.y_dtype} is rounded by numba_cpu.strip")
+    if problem.layout != "NCHW":
+        reasons.append("it is for channels-first images")
+    return reasons
+
+
+def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
+    """Choose the blocks."""
+    if problem.op == "input_grad":
+        # With a stride, the gradient's only phase writes every s-th pixel, which the strips do.
+        return phases.plan(lambda part: _plan(part, target, limit), problem)
+    return _plan(problem, target, limit)
+
+
+def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
+    lanes = dense.lanes_of(problem, target)
+    MR, NV = TILES[lanes.bits]
+    threads, width = target.threads, NV * lanes.count
+    groups, channels, outputs = problem.groups, problem.C // problem.groups, problem.O // problem.groups
+    pixels = problem.OH * problem.OW
+    kc = dense.channels_at_once(problem)
+    padded = -(-outputs // MR) * MR
+    ob, at_once = padded, pixels
+    if problem.N * groups % threads:
+        # One image is split over its outputs where the weights are larger than the pixels.
+        if padded % (MR * threads) == 0 and pixels < 400:
+            ob = padded // threads
+        else:
+            at_once = -(-(-(-pixels // threads)) // width) * width
+    ob = schedule.halved(ob // MR, lambda panels: panels * MR * kc * lanes.size <= _WEIGHTS) * MR
+    if problem.result_size * problem.products < strip.ALONE:
+        threads = 1
+    panel = kc * width + (MR + 2) * width
+    packed = weights.size(groups, outputs, channels, MR) * lanes.size
+    workspace = threads * (panel * lanes.size + 64) + 2 * packed + 16 * kc + groups * padded * lanes.size + 4096
+    if workspace > limit:
+        raise schedule.shortage(f"{NAME} on {problem}", workspace, limit)
+    detail = f"panels of {width} pixels, {ob} output and {kc} input channels at a time, {lanes}"
+    config = {"lanes": lanes, "kc": kc, "padded": padded, "threads": threads, "ob": ob, "at_once": at_once,
+              "per_thread": panel + 64 // lanes.size, "target": target, "limit": limit}  # fmt: skip
+    return Plan(problem, workspace, lanes.dtype, detail, config)
+
+
+pack_key = strip.pack_key
+pack = strip.pack
+
+
+def run(plan: Plan, operands: Operands, out: Any) -> None:
+    """Write the convolution, or the input gradient, of NumPy operands into ``out``."""
+    if plan.problem.op == "input_grad":
+        phases.run(_run, plan, operands, out)
+    else:
+        _run(plan, operands, out)
+
+
+def _run(plan: Plan, operands: Operands, out: Any) -> None:
+    x = dense.native(operands)
+    bound = Bound(plan, x, operands.k if operands.packed is None else None, out)
+    bound(x, operands.k, operands.packed, operands.bias, out)
+
+
+class Bound:
+    """A plan for arrays of certain strides: what is left of a call is to run it."""
+
+    def __init__(self, plan: Plan, x: Any, k: Any | None, out: Any) -> None:
+        """For arrays like ``x``, ``out``, and the weights ``k`` where they are not packed already."""
+        problem, config = plan.problem, plan.config
+        lanes = self.lanes = config["lanes"]
+        self.alone = problem.result_size * problem.products < strip.ALONE
+        self.elsewhere = None
+        steps = out.strides
+        if steps[4] != lanes.size or steps[3] != problem.OW * lanes.size:
+            # The micro-kernel writes whole rows of pixels: a result with gaps is for the strips, which sum alike.
+            self.elsewhere = strip.Bound(strip.plan(problem, config["target"], config["limit"]), x, k, out)
+            return
+        self.plan, self.rows = plan, TILES[lanes.bits][0]
+        self.packing = None if k is None else strip.packing(plan, k)
+        self.scratch = config["threads"] * config["per_thread"]
+        width = TILES[lanes.bits][1] * lanes.count
+        places = np.arange(config["kc"])
+        self.offsets = np.concatenate([places * width, places * (x.strides[2] // lanes.size)]).astype(np.int64)
+        flat = problem.stride == (1, 1) and x.strides[3] == problem.W * x.strides[4]
+        entries = [
+            *x.strides, *steps[:3], problem.N, problem.groups, problem.C // problem.groups,
+            problem.O // problem.groups, problem.OW, problem.OH * problem.OW, config["kc"], config["ob"],
+            config["at_once"], flat, *problem.stride, config["per_thread"],
+        ]  # fmt: skip
+        kernel = runtime.kernel(f"pointwise_{lanes}_{problem.x_dtype}", lambda: _kernel(lanes, problem.x_dtype))
+        self.task = runtime.Task(kernel, entries, config["threads"], plan)
+        self.finish = dense.finishing(problem, None, config["padded"], self.rows, lanes)
+
+    def __call__(self, x: Any, k: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
+        """Convolve ``x`` into ``out``."""
+        if self.elsewhere is not None:
+            self.elsewhere(x, k, packed, bias, out)
+            return
+        if packed is None and self.packing is not None:
+            packed = self.packing(k)
+        finish = self.finish
+        if bias is not None:
+            finish = dense.finishing(self.plan.problem, bias, self.plan.config["padded"], self.rows, self.lanes)
+        self.task(x, packed, out, np.empty(self.scratch, self.lanes.dtype), finish, self.offsets)
+
+
+def _kernel(lanes: Lanes, x_dtype: str) -> Callable[..., None]:
+    size = lanes.size
+    MR, NV = TILES[lanes.bits]
+    width, lane_count = NV * lanes.count, lanes.count
+    tiles = [tile(lanes, MR, count + 1, 2) for count in range(NV)]
+    full, one, two = tiles[-1], tiles[0], tiles[min(1, NV - 1)]
+    read, write, _ = rows(lanes, lanes.dtype)
+    gather, _, _ = rows(lanes, x_dtype)
+
+    @compiled
+    def panel(arguments, to, source, channels, first, count):
+        """The pixels ``first`` to ``first`` + ``count`` of some channels, a row for each."""
+        step, line = get(arguments, SXC), get(arguments, SXW) * get(arguments, SW)
+        if get(arguments, FLAT):
+            for c in range(channels):
+                gather(to + size * width * c, source + c * step + first * line, count, line)
+            return
+        OW_ = get(arguments, OW)
+        done = 0
+        while done < count:
+            i, j = (first + done) // OW_, (first + done) % OW_
+            run = min(count - done, OW_ - j)
+            at = source + i * get(arguments, SH) * get(arguments, SXH) + j * line
+            for c in range(channels):
+                gather(to + size * (width * c + done), at + c * step, run, line)
+            done += run
+
+    def pointwise(arguments, thread, threads):
+        G_, C_, O_, pixels = get(arguments, G), get(arguments, C), get(arguments, O), get(arguments, PIXELS)
+        kc, ob, at_once = get(arguments, KC), get(arguments, OUTPUTS), get(arguments, AT_ONCE)
+        images = get(arguments, N) * G_
+        padded = (O_ + MR - 1) // MR * MR
+        step = get(arguments, SYO)
+        ldc = step // size
+        offsets, finish = get(arguments, OFFSETS), get(arguments, FINISH)
+        parts, outputs = (pixels + at_once - 1) // at_once, (O_ + ob - 1) // ob
+        pixel = get(arguments, SXW) * get(arguments, SW)
+        to = (get(arguments, SCRATCH) + size * thread * get(arguments, PER_THREAD) + 63) // 64 * 64
+        beside = to + size * kc * width
+        tasks = images * parts * outputs
+        for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
+            o0, rest = task // (images * parts) * ob, task % (images * parts)
+            image, first = rest // parts, rest % parts * at_once
+            n, g = image // G_, image % G_
+            o1, end = min(O_, o0 + ob), min(pixels, first + at_once)
+            whole, panels = (o1 - o0) // MR, (o1 - o0 + MR - 1) // MR
+            plane = get(arguments, X) + n * get(arguments, SXN) + g * get(arguments, SXG)
+            target = get(arguments, Y) + n * get(arguments, SYN) + g * get(arguments, SYG) + o0 * step
+            weight = get(arguments, WEIGHTS) + size * g * padded * C_
+            c0 = 0
+            while c0 < C_:
+                channels = min(kc, C_ - c0)
+                source = plane + c0 * get(arguments, SXC)
+                a = weight + size * (c0 * padded + o0 * channels)
+                more = c0 > 0
+                bias, bias_step, floor = finish + 2 * size, 0, finish
+                if c0 + channels == C_:
+                    bias, bias_step, floor = finish + size * (2 + MR + g * padded + o0), size * MR, finish + size
+                for j in range(first, end, width):
+                    count = min(width, end - j)
+                    last = (count - 1) % lane_count + 1
+                    panel(arguments, to, source, channels, j, count)
+                    for o in range(whole):
+                        A, c = a + size * o * channels * MR, target + o * MR * step + size * j
+                        # Where the plane is flat, the cache lines of the next panel.
+                        ahead = source + (j + width + lane_count * (o % NV)) * pixel
+                        b = bias + o * bias_step
+                        if count > width - lane_count:
+                            full((A, to, offsets, c, channels, ldc, more, last, ahead, b, floor))
+                        elif count > lane_count:
+                            two((A, to, offsets, c, channels, ldc, more, last, ahead, b, floor))
+                        else:
+                            one((A, to, offsets, c, channels, ldc, more, last, ahead, b, floor))
+                    if whole < panels:  # the last panel has channels that y has not
+                        left = o1 - o0 - whole * MR
+                        c = target + whole * MR * step + size * j
+                        if more:
+                            for i in range(left):
+                                read(beside + size * width * i, c + i * step, count, size)
+                        A, b = a + size * whole * channels * MR, bias + whole * bias_step
+                        full((A, to, offsets, beside, channels, width, more, lane_count, source, b, floor))
+                        for i in range(left):
+                            write(c + i * step, beside + size * width * i, count, size)
+                c0 += channels
+
+    return pointwise

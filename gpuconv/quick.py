@@ -1,0 +1,109 @@
+"""The shortest way to an answer: a call like one that has been checked and planned before.
+
+Checking some twenty arguments and choosing among implementations takes Python about a hundred microseconds, many times
+what a small convolution takes. So a call on NumPy arrays that succeeded is remembered by everything that its checks
+and its plan depend on (shapes, strides, dtypes, arguments, never values), and the next one like it goes straight to
+the kernel. Only implementations that offer ``Bound`` take part.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+
+from gpuconv import dispatch, dtypes, request
+from gpuconv.backends.protocol import Operands
+from gpuconv.problem import Conv2dProblem
+
+_MOST = 256  # calls remembered
+
+_ready: dict[Hashable, Ready] = {}
+
+
+class Ready:
+    """A checked and planned call, for arrays like those it was made for."""
+
+    __slots__ = ("alone", "bound", "dtype", "packed", "shape", "threads")
+
+    def __init__(self, bound: Any, shape: tuple[int, ...], dtype: Any, packed: Any | None, threads: int) -> None:
+        self.bound, self.shape, self.dtype, self.packed, self.threads = bound, shape, dtype, packed, threads
+        # Work for one thread stays so, however many there are; other plans hold for a number of threads.
+        self.alone = bound.alone
+
+    def __call__(self, x: Any, k: Any, bias: Any | None) -> Any:
+        """The result, in a new array."""
+        y = np.empty(self.shape, self.dtype)
+        self.bound(x, k, self.packed, bias, y)
+        return y
+
+    def holds(self) -> bool:
+        """Whether the plan is still for this number of threads."""
+        return bool(self.alone or _runtime().thread_count() == self.threads)
+
+
+def _runtime() -> Any:
+    return sys.modules["gpuconv.backends.numba_cpu.runtime"]
+
+
+def find(key: Hashable) -> Ready | None:
+    """The call remembered under ``key``, if there is one and it still holds."""
+    try:
+        ready = _ready.get(key)
+    except TypeError:  # an argument that cannot be hashed, a list for example
+        return None
+    return ready if ready is not None and ready.holds() else None
+
+
+def remember(key: Hashable, ready: Ready | None) -> None:
+    """Keep a call for the next one like it."""
+    if ready is None:
+        return
+    if len(_ready) >= _MOST:
+        _ready.clear()
+    try:
+        _ready[key] = ready
+    except TypeError:
+        return
+
+
+def clear() -> None:
+    """Forget every call."""
+    _ready.clear()
+
+
+def token(value: Any) -> Hashable:
+    """``value`` for a key: 1, True and 1.0 are equal and not the same argument."""
+    return value if type(value) is int else repr(value)
+
+
+def of_request(asked: request.Request, choice: dispatch.Choice, keeper: request.Keeper | None) -> Ready | None:
+    """The call that ``choice`` has just carried out, ready to be repeated; None where it cannot be."""
+    implementation: Any = dispatch.implementation(choice.name)
+    problem, second = asked.problem, asked.second
+    if not hasattr(implementation, "Bound") or second is None or not _plain(asked, problem):
+        return None
+    x, k = request.view(problem, 0, asked.first.array), request.view(problem, 1, second.array)
+    dtype = dtypes.numpy_dtype(problem.y_dtype)
+    out = request.view(problem, 2, np.empty(asked.shape, dtype))
+    packed = None
+    if keeper is not None:
+        key = (choice.name, implementation.pack_key(choice.plan)), None, None
+        packed = keeper.kept(key, lambda: implementation.pack(choice.plan, Operands(x, k)), None)
+    bound = implementation.Bound(choice.plan, x, k if packed is None else None, out)
+    return Ready(bound, asked.shape, dtype, packed, _runtime().thread_count())
+
+
+def _plain(asked: request.Request, problem: Conv2dProblem) -> bool:
+    """Whether addresses and steps are all that a repetition needs to know of its arrays."""
+    arrays = [operand.array for operand in (asked.first, asked.second, asked.bias) if operand is not None]
+    return (
+        problem.op == "forward"
+        and not problem.flip
+        and bool(problem.result_size and problem.products)
+        and all(type(array) is np.ndarray and array.dtype.isnative for array in arrays)
+        and problem.k_dtype == problem.sum_dtype
+        and (asked.bias is None or asked.bias.dtype == problem.y_dtype)
+    )

@@ -1,0 +1,185 @@
+"""Images whose channels lie side by side on the CPU: dense and depthwise, with guard bands, on vectors of any width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import units
+from cases import Case
+
+from gpuconv import problem as problems
+from gpuconv import request
+from gpuconv.backends import protocol
+from gpuconv.backends.numba_cpu import channels, pixels, runtime
+
+pytestmark = pytest.mark.skipif(runtime.unavailable() is not None, reason=str(runtime.unavailable()))
+
+LAST = {"layout": "NHWC"}
+
+
+def last(name: str, x: tuple, k: tuple, bias: bool = False, **arguments: Any) -> Case:
+    return Case(name, x, k, LAST | arguments, bias)
+
+
+# Outputs that are no multiple of a vector, in few panels; sums that end inside a pixel, and that go on over several.
+DENSE = [
+    last("in_place", (3, 5, 4, 13), (50, 13, 1, 1), True, activation="relu"),
+    last("in_place_strided", (2, 7, 8, 300), (50, 300, 1, 1), stride=(3, 2)),
+    last("in_place_more", (1, 9, 9, 70), (150, 70, 1, 1), True),
+    last("padded_1x1", (1, 3, 4, 5), (50, 5, 1, 1), padding=1, padding_value=2),
+    last("strip", (2, 9, 17, 5), (50, 5, 3, 3), True, padding=1),
+    last("strip_strided", (1, 12, 40, 3), (50, 3, 7, 7), padding=((3, 2), (0, 3)), stride=2, activation="relu"),
+    last("strip_dilated", (1, 13, 20, 31), (50, 31, 3, 2), padding=2, dilation=(2, 3)),
+    last("strip_long_rows", (1, 4, 17, 101), (50, 101, 2, 3), padding=(0, 1), padding_value=-1),
+    last("grouped", (2, 6, 7, 10), (100, 5, 3, 3), True, padding=1, groups=2),
+    last("taps", (3, 7, 7, 130), (50, 130, 3, 3), True, padding=1, activation="relu"),
+    last("taps_strided", (1, 9, 11, 131), (50, 131, 3, 3), padding=1, stride=2),
+    last("taps_dilated", (2, 6, 5, 260), (50, 260, 3, 3), padding=2, dilation=2),
+    last("taps_not_zero", (1, 6, 5, 128), (50, 128, 2, 2), padding=1, padding_value=3),
+    last("no_tap_for_all", (1, 2, 2, 128), (50, 128, 2, 2), padding=3),
+]
+DEPTHWISE = [
+    last("tiles", (2, 9, 16, 35), (35, 1, 3, 3), True, padding=1, groups=35, activation="relu"),
+    last("one_tile", (1, 7, 7, 32), (32, 1, 3, 3), padding=1, groups=32),
+    last("narrow", (2, 3, 4, 5), (5, 1, 3, 3), padding=2, groups=5),
+    last("nothing_but_border", (1, 1, 1, 17), (17, 1, 3, 3), padding=((4, 3), (9, 5)), groups=17),
+    last("strided", (1, 8, 31, 19), (19, 1, 3, 3), padding=((0, 1), (0, 1)), groups=19, stride=2),
+    last("any_kernel", (1, 9, 17, 18), (18, 1, 2, 4), True, padding=(1, 3), groups=18, stride=(1, 3), dilation=(2, 1)),
+    last("large", (1, 30, 12, 3), (3, 1, 21, 19), padding=(10, 9), groups=3),
+]
+
+
+def convolved(module: Any, x: Any, k: Any, bias: Any = None, out: Any = None, threads: int = 2, bits: int | None = None,
+              limit: int = 1 << 28, packed: bool = False, **arguments: Any) -> np.ndarray:  # fmt: skip
+    """The convolution by ``module``, on the threads and vectors of any target."""
+    name = x.dtype.name
+    problem = problems.Conv2dProblem.of(
+        x.shape, k.shape, x_dtype=name, k_dtype=name, bias=bias is not None, **arguments
+    )  # fmt: skip
+    target = protocol.Target("cpu", threads=threads, vector_bits=bits)
+    assert module.unsupported(problem, target) == []
+    plan = module.plan(problem, target, limit)
+    assert plan.workspace <= limit
+    y = np.empty((problem.N, problem.OH, problem.OW, problem.O), x.dtype) if out is None else out
+    operands = protocol.Operands(request.view(problem, 0, x), request.view(problem, 1, k), bias)
+    operands.packed = module.pack(plan, operands) if packed else None
+    module.run(plan, operands, request.view(problem, 2, y))
+    return y
+
+
+def check(module: Any, case: Case, dtype: str = "float32", **how: Any) -> None:
+    """Right, with nothing read or written beyond the arrays, which stand among NaN."""
+    x, k, bias, answer = units.posed(case, dtype, "normal")
+    guarded = [units.Guarded(array) for array in (x, k)]
+    guards = units.Guarded(bias) if bias is not None else None
+    out = units.unwritten(answer)
+    more = None if guards is None else guards.array
+    convolved(module, *(guard.array for guard in guarded), more, out.array, **how, **case.kwargs)
+    units.assert_close(out.array, answer, f"{case.name} {dtype}", units.limit_of(answer))
+    out.check_edges(case.name)
+    for guard in (*guarded, *([] if guards is None else [guards])):
+        guard.check_whole(case.name)
+
+
+@pytest.mark.parametrize("case", DENSE, ids=lambda case: case.name)
+def test_dense(case):
+    check(pixels, case)
+
+
+@pytest.mark.parametrize("case", DEPTHWISE, ids=lambda case: case.name)
+def test_depthwise(case):
+    check(channels, case)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [
+        ("float32", 256),
+        ("float32", 128),
+        ("float64", None),
+        pytest.param("float16", None, marks=pytest.mark.full),  # compiles for too long
+    ],
+)
+def test_other_vectors(dtype, bits):
+    for case in DENSE[1 :: 6 if dtype == "float16" else 2]:
+        check(pixels, case, dtype, bits=bits, threads=1)
+    for case in DEPTHWISE[:: 6 if dtype == "float16" else 1]:
+        if dtype == "float32" or case.k_shape[2:] == (3, 3):
+            check(channels, case, dtype, bits=bits, threads=1)
+
+
+@pytest.mark.parametrize(("module", "case"), [(pixels, c) for c in DENSE] + [(channels, c) for c in DEPTHWISE])
+def test_same_bits(module, case):
+    """Whatever the number of images and threads, the steps of memory, the workspace, and who packs the weights."""
+    x, k, bias, _ = units.posed(case, "float32", "normal")
+    y = convolved(module, x, k, bias, **case.kwargs)
+    assert convolved(module, x[-1:], k, bias, **case.kwargs).tobytes() == y[-1:].tobytes()
+    for threads in (1, 3):
+        assert convolved(module, x, k, bias, threads=threads, packed=True, **case.kwargs).tobytes() == y.tobytes()
+    apart = np.full((*x.shape[:3], 2 * x.shape[3] + 1), np.nan, x.dtype)[:, ::-1, :, 1::2]
+    apart[...] = x
+    into = np.full((*y.shape[:3], 3 * y.shape[3]), np.nan, x.dtype)[..., ::3]
+    turned = np.ascontiguousarray(k.transpose(2, 3, 1, 0)).transpose(3, 2, 0, 1)
+    assert np.array_equal(convolved(module, apart, turned, bias, into, **case.kwargs), y)
+    assert np.isnan(into.base[..., 1::3]).all()
+    least = _least(module, case)
+    assert convolved(module, x, k, bias, limit=least, **case.kwargs).tobytes() == y.tobytes()
+
+
+def _least(module: Any, case: Case) -> int:
+    """The least workspace with which a plan can be made, to within a thousand bytes."""
+    arguments = {"bias": case.bias, **case.kwargs}
+    problem = problems.Conv2dProblem.of(case.x_shape, case.k_shape, **arguments)
+    low, high = 0, 1 << 28
+    while high - low > 1000:
+        middle = (low + high) // 2
+        try:
+            module.plan(problem, protocol.Target("cpu", threads=2), middle)
+            high = middle
+        except MemoryError:
+            low = middle
+    return high
+
+
+@pytest.mark.parametrize(("module", "case"), [(pixels, c) for c in DENSE] + [(channels, c) for c in DEPTHWISE])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_specials_reach_the_windows_that_read_them(module, case, value):
+    x, k, bias = units.cases.fill(case, "float32", "positive", seed=1)
+    x.flat[np.random.default_rng(x.size).integers(x.size)] = value
+    answer = oracle.answer(x, k, bias, **case.kwargs)
+    units.assert_close(convolved(module, x, k, bias, **case.kwargs), answer, f"{case.name} with one {value}")
+
+
+def test_input_gradient():
+    """Steps of the result over which the kernels write with holes between."""
+    from gpuconv import grad
+
+    rng = np.random.default_rng(3)
+    for module, groups in ((pixels, 1), (channels, 50)):
+        problem = problems.Conv2dProblem.of(
+            (2, 9, 10, 50), (50, 50 // groups, 3, 3), stride=2, padding=1, groups=groups, op="input_grad", **LAST
+        )  # fmt: skip
+        dy = rng.standard_normal((2, problem.OH, problem.OW, 50)).astype(np.float32)
+        k = rng.standard_normal((50, 50 // groups, 3, 3)).astype(np.float32)
+        plan = module.plan(problem, protocol.Target("cpu", threads=2), 1 << 28)
+        dx = np.full((2, 9, 10, 50), np.nan, np.float32)
+        operands = protocol.Operands(request.view(problem, 0, dy), request.view(problem, 1, k))
+        module.run(plan, operands, request.view(problem, 2, dx))
+        wanted = grad.conv2d_input(
+            (2, 50, 9, 10), k.astype(np.float64), dy.transpose(0, 3, 1, 2).astype(np.float64), 2, 1, 1, groups
+        )  # fmt: skip
+        assert np.abs(dx.transpose(0, 3, 1, 2) - wanted).max() < 1e-4
+
+
+def test_refusals():
+    target = protocol.Target("cpu")
+    first = problems.Conv2dProblem.of((1, 8, 9, 9), (8, 8, 3, 3))
+    assert any("NHWC" in reason for reason in pixels.unsupported(first, target))
+    reflecting = problems.Conv2dProblem.of(
+        (1, 9, 9, 8), (8, 1, 3, 3), padding=1, padding_mode="reflect", groups=8, **LAST
+    )
+    for module in (pixels, channels):
+        assert any("pads with" in reason for reason in module.unsupported(reflecting, target))
