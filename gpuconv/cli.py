@@ -209,6 +209,35 @@ def explain(problem: str | None, x_shape: Any, k_shape: Any, **options: Any) -> 
 
 
 @cli.command(epilog=_EPILOG)
+@click.option(
+    "--dtype", "wanted", multiple=True, type=click.Choice(["float32", "float64", "float16", "bfloat16"]),
+    default=["float32"], show_default=True, help="Of the arrays; repeatable.",
+)  # fmt: skip
+def warmup(wanted: tuple[str, ...]) -> None:
+    """Compile the CPU's kernels ahead, so that no first call has to wait for it.
+
+    They are kept in a folder of your own (GPUCONV_CACHE_DIR, or the system's folder for caches).
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from gpuconv.backends.numba_cpu import kernel_cache, runtime, warm
+
+    with _reported():
+        missing = runtime.unavailable()
+        if missing is not None:
+            raise Failure(missing)
+        start = time.perf_counter()
+        todo = list(warm.steps(wanted))
+        for _, do in track(todo, "compiling", console=Console(stderr=True), transient=True):
+            do()
+        place, said = kernel_cache.usable()
+    seconds = time.perf_counter() - start
+    kept = f"kept in {place}" if place is not None else f"not kept: {said}"
+    click.echo(f"{len(runtime.compiled)} kernels compiled in {seconds:.1f} s, {kept}")
+
+
+@cli.command(epilog=_EPILOG)
 def kernels() -> None:
     """List the kernels that `gpuconv filter` knows by name."""
     from rich.console import Console

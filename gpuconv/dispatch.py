@@ -59,8 +59,9 @@ def preferred(problem: Conv2dProblem, device: str) -> tuple[list[str], str]:
         names.sort(key=lambda name: name != "numba_cuda.direct")
         return names, "fewer than 8 output channels per group: too thin for a matrix product"
     wanted = {name: why for name, holds, why in preference.on_cpu(problem) if holds}
-    # What is made for such problems, then what is for all, then what is made for others.
-    names.sort(key=lambda name: (library_of(name) == "numpy", name not in wanted, name != "numba_cpu.strip"))
+    # What is made for such problems, ending with what is for all; then what is made for others.
+    place = {name: index for index, name in enumerate(wanted)}
+    names.sort(key=lambda name: (library_of(name) == "numpy", place.get(name, len(place))))
     return names, wanted.get(names[0], "first in the table that can run")
 
 

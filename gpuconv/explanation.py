@@ -93,6 +93,8 @@ class Explanation:
                 ("sums in", self.plan.sums_in),
                 ("how", self.plan.detail),
             ]
+            if self.implementation is not None and (told := _compiling(self.implementation, self.plan)):
+                rows.append(("kernel", told))
         rows.append(("precision", f"{p.precision}: {_PROMISES[p.precision]}"))
         lines = [f"{name:<10} {value}" for name, value in rows]
         lines += ["", "implementations, best first"]
@@ -104,6 +106,19 @@ class Explanation:
         if self.note:
             lines += ["", self.note]
         return "\n".join(lines)
+
+
+def _compiling(name: str, plan: Plan) -> str | None:
+    """Whether the first call has to wait for a kernel to be compiled; None where nothing of the kind is needed."""
+    implementation: Any = dispatch.implementation(name)
+    if not hasattr(implementation, "kernel_name"):
+        return None
+    from gpuconv.backends.numba_cpu import runtime
+
+    parts = [part for _, part in plan.config["parts"]] if "parts" in plan.config else [plan]
+    if all(runtime.is_ready(implementation.kernel_name(part)) for part in parts):
+        return "compiled"
+    return "to be compiled by the first call, which takes some seconds; `gpuconv warmup` does it ahead"
 
 
 def _sizes(p: Conv2dProblem) -> str:

@@ -18,6 +18,7 @@ class Info:
 
     versions: dict[str, str]
     gpus: tuple[str, ...]
+    kernels: str  # the CPU's compiled kernels: for which registers, on how many threads, kept where
     implementations: dict[str, str | None]  # name -> None when usable, else why not and the remedy
 
     def __str__(self) -> str:
@@ -25,6 +26,7 @@ class Info:
 
         lines = [f"gpuconv {__version__}, Python {platform.python_version()}, {platform.platform()}"]
         lines += ["CPU: " + (platform.processor() or platform.machine()) + f", {os.cpu_count()} threads"]
+        lines += ["CPU kernels: " + self.kernels]
         lines += [f"GPU: {gpu}" for gpu in self.gpus] or ["GPU: none usable"]
         lines += ["", "Packages"]
         lines += [f"  {name:<14} {version}" for name, version in self.versions.items()]
@@ -53,7 +55,18 @@ def info() -> Info:
         except metadata.PackageNotFoundError:
             continue
     implementations = {name: dispatch.implementation(name).unavailable() for name in dispatch.TABLE}
-    return Info(versions, tuple(_gpus()), implementations)
+    return Info(versions, tuple(_gpus()), _cpu_kernels(), implementations)
+
+
+def _cpu_kernels() -> str:
+    missing = dispatch.implementation("numba_cpu.strip").unavailable()
+    if missing is not None:
+        return missing
+    from gpuconv.backends.numba_cpu import kernel_cache, runtime
+
+    place, said = kernel_cache.usable()
+    kept = f"kept in {place}" if place is not None else f"compiled in each process, because {said}"
+    return f"{runtime.vector_bits()}-bit registers, {runtime.thread_count()} thread(s), {kept}"
 
 
 def _gpus() -> list[str]:

@@ -57,8 +57,12 @@ _TILE = 4
 
 
 def _winograd(channels: int, outputs: int, rows: int, columns: int) -> bool:
-    # 64 to 256 channels, planes of 56² to 224²: 1.7 to 2.3 with weights as they are, 2.0 to 2.7 transformed ahead;
-    # 512 channels, 14²: 1.18 and 1.55. Below: 10² 0.67, 7² 0.6, 16 channels at 28² 0.81, 3 to 64 at 224² 0.7.
+    # Weights as they are / transformed ahead:
+    #   64 to 256 channels, planes of 56² to 224²: 1.7 to 2.3 / 2.0 to 2.7    256 to 512, 28²: 1.4 to 2.0 / 1.6 to 2.2
+    #   14²: 64 channels 1.06 / 1.16, 128: 1.07 / 1.35, 512: 1.18 / 1.55    10²: 0.67 / 0.93    8², 7²: 0.6 / 0.6 to 0.8
+    #   32 channels, 28²: 1.11 / 1.12, 56²: 1.28 / 1.35    16 to 64, 56²: 1.46 / 1.47    16, 28²: 0.81 / 0.87
+    #   8 to 64, 112²: 0.84 / 0.76    64 to 8: 0.63 / 0.97    3 to 64, 224²: 0.7 / 0.8
+    # The last tile of a row or column is often cut: what is made must not be much more than what is wanted.
     tiles = -(-rows // _TILE) * -(-columns // _TILE) * _TILE**2
     return (
         min(channels, outputs) >= 16

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import request
+from gpuconv import dispatch, request
 from gpuconv.backends import numpy_reference
 from gpuconv.backends.numba_cpu import winograd
 from gpuconv.backends.protocol import Operands, Target
@@ -233,8 +233,9 @@ def test_scratch_is_written_before_it_is_read_and_large_enough(sizes, padding, m
     ),
 )
 def test_what_it_is_worth(sizes, worth):
-    assert winograd.worthwhile(problem_of(sizes)) is worth
-    assert winograd.worthwhile(problem_of(sizes, op="input_grad")) is worth
+    for op in ("forward", "input_grad"):
+        first = dispatch.preferred(problem_of(sizes, op=op), "cpu")[0][0]
+        assert (first == "numba_cpu.winograd") is worth
 
 
 def test_pixels_that_no_output_reads_do_not_matter():

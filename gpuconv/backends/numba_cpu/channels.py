@@ -90,6 +90,11 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     return Plan(problem, scratch(images), lanes.dtype, detail, config)
 
 
+def kernel_name(plan: Plan) -> str:
+    """The name of the kernel that runs it."""
+    return kernel_of(plan.problem, plan.config["lanes"], plan.config["special"])[0]
+
+
 def pack_key(plan: Plan) -> Any:
     """What the packed weights depend on besides the weights."""
     return "channels", str(plan.config["lanes"])

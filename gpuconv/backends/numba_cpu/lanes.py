@@ -149,6 +149,11 @@ def _places(source: Any, n: int) -> Any:
     return places
 
 
+def kernel_name(plan: Plan) -> str:
+    """The name of the kernel that runs it."""
+    return kernel_of(plan.problem, plan.config["lanes"])[0]
+
+
 def pack_key(plan: Plan) -> Any:
     """What the kept weights depend on besides the weights."""
     return "one channel", plan.sums_in

@@ -124,6 +124,11 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     return made
 
 
+def kernel_name(plan: Plan) -> str:
+    """The name of the kernel that runs it."""
+    return f"merged_{plan.config['lanes']}_{plan.problem.x_dtype}_{plan.problem.y_dtype}"
+
+
 pack_key = strip.pack_key
 pack = strip.pack
 
@@ -151,7 +156,7 @@ class Bound(strip.Bound):
         width = TILES[lanes.bits][1] * lanes.count
         places = np.arange(config["kc"] * problem.KH * problem.KW) * width
         more = [config["images"], places.ctypes.data, config["shape"].inputs]
-        return runtime.kernel(f"merged_{lanes}_{x}_{y}", lambda: _kernel(lanes, x, y)), more, places
+        return runtime.kernel(kernel_name(self.plan), lambda: _kernel(lanes, x, y)), more, places
 
 
 @functools.lru_cache(maxsize=64)

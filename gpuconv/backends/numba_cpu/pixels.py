@@ -221,6 +221,11 @@ def _strip(
     return max(1, -(-problem.OH // max(strips, 1))), max(wide, 1)
 
 
+def kernel_name(plan: Plan) -> str:
+    """The name of the kernel that runs it."""
+    return kernel_of(plan.problem, plan.config["lanes"], plan.config["vectors"])[0]
+
+
 def pack_key(plan: Plan) -> Any:
     """What the packed weights depend on besides the weights."""
     return "pixels", str(plan.config["lanes"]), plan.config["vectors"]

@@ -76,7 +76,8 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         if padded % (MR * threads) == 0 and pixels < 400:
             ob = padded // threads
         else:
-            at_once = -(-(-(-pixels // threads)) // width) * width
+            share = -(-pixels // threads)
+            at_once = -(-share // width) * width
     ob = schedule.halved(ob // MR, lambda panels: panels * MR * kc * lanes.size <= _WEIGHTS) * MR
     if problem.result_size * problem.products < strip.ALONE:
         threads = 1
@@ -89,6 +90,11 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     config = {"lanes": lanes, "kc": kc, "padded": padded, "threads": threads, "ob": ob, "at_once": at_once,
               "per_thread": panel + 64 // lanes.size, "target": target, "limit": limit}  # fmt: skip
     return Plan(problem, workspace, lanes.dtype, detail, config)
+
+
+def kernel_name(plan: Plan) -> str:
+    """The name of the kernel that runs it."""
+    return f"pointwise_{plan.config['lanes']}_{plan.problem.x_dtype}"
 
 
 pack_key = strip.pack_key
@@ -135,7 +141,7 @@ class Bound:
             problem.O // problem.groups, problem.OW, problem.OH * problem.OW, config["kc"], config["ob"],
             config["at_once"], flat, *problem.stride, config["per_thread"],
         ]  # fmt: skip
-        kernel = runtime.kernel(f"pointwise_{lanes}_{problem.x_dtype}", lambda: _kernel(lanes, problem.x_dtype))
+        kernel = runtime.kernel(kernel_name(plan), lambda: _kernel(lanes, problem.x_dtype))
         self.task = runtime.Task(kernel, entries, config["threads"], plan)
         self.finish = dense.finishing(problem, None, config["padded"], self.rows, lanes)
 

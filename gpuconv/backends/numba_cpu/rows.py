@@ -198,6 +198,11 @@ def tile_of(lanes: Lanes, passes: list[Any]) -> tuple[int, int]:
     return (_TALL if max(entry[4] for entry in passes) >= _MANY else _LOW)[lanes.bits]
 
 
+def kernel_name(plan: Plan) -> str:
+    """The name of the kernel that runs it."""
+    return kernel_of(plan.problem, plan.config["lanes"], plan.config["passes"])[0]
+
+
 def pack_key(plan: Plan) -> Any:
     """What the kept weights depend on besides the weights."""
     return "one channel", _first(plan).config["lanes"].dtype if _first(plan) else ""

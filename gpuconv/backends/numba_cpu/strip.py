@@ -242,6 +242,11 @@ def table_of(plan: Plan, x: Any, k: Any | None, out: Any) -> tuple[list[int], An
     return entries, kept
 
 
+def kernel_name(plan: Plan) -> str:
+    """The name of the kernel that runs it."""
+    return f"strip_{plan.config['lanes']}_{plan.problem.x_dtype}_{plan.problem.y_dtype}"
+
+
 def pack_key(plan: Plan) -> Any:
     """What the packed weights depend on besides the weights."""
     return "dense", str(plan.config["lanes"]), plan.config["kc"]
@@ -253,6 +258,7 @@ def pack(plan: Plan, operands: Operands) -> Any:
 
 
 def packing(plan: Plan, k: Any) -> weights.Packing:
+    """What packs weights like ``k``."""
     lanes = plan.config["lanes"]
     return weights.Packing(k, lanes, TILES[lanes.bits][0], plan.config["kc"], plan.config["threads"])
 
@@ -291,7 +297,7 @@ class Bound:
     def _kernel(self) -> tuple[int, list[int], Any]:
         """The kernel, further entries of its table, and what they point to."""
         x, y = self.plan.problem.x_dtype, self.plan.problem.y_dtype
-        return runtime.kernel(f"strip_{self.lanes}_{x}_{y}", lambda: _kernel(self.lanes, x, y)), [], None
+        return runtime.kernel(kernel_name(self.plan), lambda: _kernel(self.lanes, x, y)), [], None
 
     def _finishing(self, bias: Any | None) -> Any:
         return dense.finishing(
@@ -454,8 +460,8 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
                     at = get(arguments, WEIGHTS) + g * get(arguments, SKG) + o0 * sko + c0 * skc
                     for o in range(panels):
                         pack_block(
-                            own + wide_size * o * K * MR, at + o * MR * sko, min(MR, o1 - o0 - o * MR), channels, KH_, KW_,
-                            sko, skc, get(arguments, SKP), get(arguments, SKQ),
+                            own + wide_size * o * K * MR, at + o * MR * sko, min(MR, o1 - o0 - o * MR), channels, KH_,
+                            KW_, sko, skc, get(arguments, SKP), get(arguments, SKQ),
                         )  # fmt: skip
                 bias = finish + wide_size * (2 + MR + g * padded + o0) if c0 + channels == C_ else 0
                 multiply(a, inputs, get(arguments, OFFSETS), sums, K, pixels, ldc, panels, c0 > 0, finish, bias)

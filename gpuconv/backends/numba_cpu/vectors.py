@@ -240,12 +240,14 @@ def _suffix(dtype: str) -> str:
 def routine(name: str, lanes: Lanes, kinds: str, emit: Callable[..., None]) -> Any:
     """A function for compiled Python: it takes one tuple, and calls the LLVM function ``name`` that ``emit`` writes.
 
-    ``kinds`` has a letter for each item of the tuple: ``i`` an integer; an address of ``e`` elements of the lanes' type,
-    ``t`` 64-bit integers (a table), ``h`` float16, ``b`` bfloat16, ``s`` float32, ``d`` float64. Memory behind addresses
-    must not overlap. ``emit(emitter, *arguments)`` writes the body; the return is added.
+    ``kinds`` has a letter for each item of the tuple: ``i`` an integer; an address of ``e`` elements of the lanes'
+    type, ``t`` 64-bit integers (a table), ``h`` float16, ``b`` bfloat16, ``s`` float32, ``d`` float64. Memory behind
+    addresses must not overlap. ``emit(emitter, *arguments)`` writes the body; the return is added.
     """
-    letters = {"i": I64, "e": REAL[lanes.dtype].as_pointer(), "t": I64.as_pointer(), "h": STORED["float16"].as_pointer(),
-               "b": I16.as_pointer(), "s": REAL["float32"].as_pointer(), "d": REAL["float64"].as_pointer()}  # fmt: skip
+    letters = {
+        "i": I64, "e": REAL[lanes.dtype].as_pointer(), "t": I64.as_pointer(), "h": STORED["float16"].as_pointer(),
+        "b": I16.as_pointer(), "s": REAL["float32"].as_pointer(), "d": REAL["float64"].as_pointer(),
+    }  # fmt: skip
     argument_types = [letters[kind] for kind in kinds]
 
     def written(module: ir.Module) -> ir.Function:

@@ -1,4 +1,4 @@
-"""Weights in the order in which the dense micro-kernel reads them: panels of MR output channels, MR numbers per product.
+"""Weights in the order in which the dense micro-kernel reads them: panels of MR output channels, product by product.
 
     packed[g][block][panel][k][i] = weights[g, panel·MR + i, c, p, q]        k = (c - block·kc)·KH·KW + p·KW + q
 

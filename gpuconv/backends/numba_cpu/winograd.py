@@ -79,25 +79,6 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     return reasons
 
 
-def worthwhile(problem: Conv2dProblem) -> bool:
-    """Whether it is faster for ``problem``, which it supports, than summing directly."""
-    # Time of numba_cpu.strip over time of this, on two cores with AVX-512, weights as they are / transformed ahead:
-    #   64 to 256 channels, planes of 56² to 224²: 1.7 to 2.3 / 2.0 to 2.7    256 to 512, 28²: 1.4 to 2.0 / 1.6 to 2.2
-    #   14²: 64 channels 1.06 / 1.16, 128: 1.07 / 1.35, 512: 1.18 / 1.55    10²: 0.67 / 0.93    8², 7²: 0.6 / 0.6 to 0.8
-    #   32 channels, 28²: 1.11 / 1.12, 56²: 1.28 / 1.35    16 to 64, 56²: 1.46 / 1.47    16, 28²: 0.81 / 0.87
-    #   8 to 64, 112²: 0.84 / 0.76    64 to 8: 0.63 / 0.97    3 to 64, 224²: 0.7 / 0.8
-    # The last tile of a row or column is often cut: what is made must not be much more than what is wanted.
-    channels, outputs = problem.C // problem.groups, problem.O // problem.groups
-    high, wide = problem.result_shape[2:]
-    made = -(-high // TILE) * -(-wide // TILE) * TILE**2
-    return (
-        min(channels, outputs) >= 16
-        and channels * outputs >= 1024
-        and high * wide >= 144
-        and 10 * high * wide >= 7 * made
-    )
-
-
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose the strips."""
     if problem.op == "input_grad":
@@ -193,6 +174,11 @@ def _odd_lines(count: int, lanes: Lanes) -> int:
 def _room(lanes: Lanes) -> int:
     """Elements that a thread needs to transform weights."""
     return _lines(9 * TILES[lanes.bits][0] * (_PACKED + 1) + 2 * lanes.count, lanes)
+
+
+def kernel_name(plan: Plan) -> str:
+    """The name of the kernel that runs it."""
+    return f"winograd_{plan.config['lanes']}"
 
 
 def pack_key(plan: Plan) -> Any:
@@ -296,7 +282,7 @@ class Bound:
         raw = k is not None and config["raw"] and k.dtype.isnative and k.strides[2:] == (36, 12, 4)
         self.transform = None if k is None or raw else Transform(plan, k)
         self.rows, self.scratch = TILES[lanes.bits][0], config["scratch"]
-        kernel = runtime.kernel(f"winograd_{lanes}", lambda: _kernel(lanes))
+        kernel = runtime.kernel(kernel_name(plan), lambda: _kernel(lanes))
         steps = k.strides if raw and k is not None else (0,) * 5
         entries = [*x.strides, *out.strides, raw, *steps, *config["entries"]]
         self.task = runtime.Task(kernel, entries, config["threads"], plan)
