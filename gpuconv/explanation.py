@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -261,6 +261,8 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
             return Explanation(problem, target, None, None, _table(problem, target, backend, limit, None), note)
     else:
         target = dispatch.resolve(call, device, backend, home)
+        if target.device == "cpu" and any(isinstance(a, np.ndarray) and not a.dtype.isnative for a in (x, k)):
+            target = replace(target, swapped=True)
     try:
         choice = dispatch.choose(call, problem, target, backend, limit)
     except (NoBackendError, MemoryError) as error:

@@ -184,6 +184,8 @@ def compute(
     problem, home = request.problem, request.first.device
     pointer = arrays.stream_pointer(call, stream)
     target = dispatch.resolve(call, device, backend, home, stacklevel=4)
+    if target.device == "cpu" and any(map(arrays.is_swapped, (request.first, request.second))):
+        target = replace(target, swapped=True)
     choice = dispatch.choose(call, problem, target, backend, limit)
     shortage = ""
     while True:
@@ -329,7 +331,7 @@ def view(problem: Conv2dProblem, which: int, array: Array) -> Array:
 
 def _empty(shape: tuple[int, ...], dtype: Any, ordinal: int | None) -> Array:
     if ordinal is None:
-        return np.empty(shape, dtype)
+        return arrays.empty(shape, dtype)
     import cupy
 
     with cupy.cuda.Device(ordinal):

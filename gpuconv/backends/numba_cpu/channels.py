@@ -136,7 +136,7 @@ def _is_direct(array: Any) -> bool:
 def _run(plan: Plan, operands: Operands, out: Any) -> None:
     if out.size == 0:
         return
-    x = dense.native(operands)
+    x = operands.x
     packed = operands.packed if operands.packed is not None else pack(plan, operands)
     Bound(plan, x, None, out)(x, None, packed, operands.bias, out)
 

@@ -11,7 +11,7 @@ from gpuconv.backends import phases
 from gpuconv.backends.numba_cpu import runtime
 from gpuconv.backends.numba_cpu.microkernel import BLOCK
 from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes
-from gpuconv.backends.protocol import Operands, Target
+from gpuconv.backends.protocol import Target
 from gpuconv.problem import Conv2dProblem
 
 # What a kernel reads, by what it sums in.
@@ -29,6 +29,8 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
             f"it sums floating point, read as {' or '.join(SIZE)}; not {problem.x_dtype} times {problem.k_dtype} "
             f"in {sums}"
         )
+    if target.swapped:
+        reasons.append("it reads numbers in the machine's own byte order: x.astype(x.dtype.newbyteorder('=')) gives it")
     if problem.KH * problem.KW > _TAPS:
         reasons.append(f"a kernel of {problem.KH}×{problem.KW} has more than {_TAPS} taps, for which it has no tables")
     if problem.x_zero_point or problem.k_zero_point:
@@ -72,9 +74,3 @@ def finishing(problem: Conv2dProblem, bias: Any | None, padded: int, rows: int, 
 def constant(problem: Conv2dProblem, lanes: Lanes) -> np.ndarray[Any, Any]:
     """The padding value, in memory."""
     return np.array([dtypes.numpy_dtype(problem.x_dtype).type(problem.fill)]).astype(lanes.dtype)
-
-
-def native(operands: Operands) -> Any:
-    """x in the machine's byte order."""
-    x = operands.x
-    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))

@@ -262,7 +262,7 @@ def _run(plan: Plan, operands: Operands, out: Any) -> None:
     if out.size == 0 or plan.problem.C == 0:
         phases.fill_with_bias(plan.problem, operands.bias, out)
         return
-    x = dense.native(operands)
+    x = operands.x
     Bound(plan, x, operands.k if operands.packed is None else None, out)(
         x, operands.k, operands.packed, operands.bias, out
     )

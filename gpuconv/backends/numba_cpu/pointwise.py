@@ -84,6 +84,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     panel = kc * width + (MR + 2) * width
     packed = weights.size(groups, outputs, channels, MR) * lanes.size
     workspace = threads * (panel * lanes.size + 64) + 2 * packed + 16 * kc + groups * padded * lanes.size + 4096
+    workspace = max(workspace, strip.plan(problem, target, limit).workspace)  # which serves results with gaps
     if workspace > limit:
         raise schedule.shortage(f"{NAME} on {problem}", workspace, limit)
     detail = f"panels of {width} pixels, {ob} output and {kc} input channels at a time, {lanes}"
@@ -110,7 +111,7 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
 
 
 def _run(plan: Plan, operands: Operands, out: Any) -> None:
-    x = dense.native(operands)
+    x = operands.x
     bound = Bound(plan, x, operands.k if operands.packed is None else None, out)
     bound(x, operands.k, operands.packed, operands.bias, out)
 

@@ -233,7 +233,7 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
 
 
 def _run(plan: Plan, operands: Operands, out: Any) -> None:
-    x, whole = dense.native(operands), operands.packed is None
+    x, whole = operands.x, operands.packed is None
     Bound(plan, x, operands.k if whole else None, out)(x, operands.k, operands.packed, operands.bias, out)
 
 

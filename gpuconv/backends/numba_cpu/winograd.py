@@ -265,7 +265,7 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
 
 
 def _run(plan: Plan, operands: Operands, out: Any) -> None:
-    x = dense.native(operands)
+    x = operands.x
     bound = Bound(plan, x, operands.k if operands.packed is None else None, out)
     bound(x, operands.k, operands.packed, operands.bias, out)
 
