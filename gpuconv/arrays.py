@@ -208,7 +208,8 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
         return np.empty(shape, dtype)
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
+    lined: np.ndarray[Any, Any] = raw[start : start + size].view(dtype).reshape(shape)
+    return lined
 
 
 def ones(shape: tuple[int, ...], like: Operand) -> Operand:

@@ -233,7 +233,7 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
                     source = (
                         get(arguments, X) + n * get(arguments, SXN) + g * get(arguments, SXG) + c0 * get(arguments, SXC)
                     )
-                    fill(arguments, inputs, source, channels, 0, high, 0, wide)
+                    fill(arguments, inputs, source, channels, 0, high, 0, wide, c0 > 0 or n > n0)
                     place(
                         panels, inputs, get(arguments, OFFSETS), K, (n - n0) * pixels, OH_, OW_, get(arguments, PITCH)
                     )
@@ -247,7 +247,7 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
                             sko, skc, get(arguments, SKP), get(arguments, SKQ),
                         )  # fmt: skip
                 more = c0 > 0
-                bias, step, floor = finish + 2 * size, 0, finish
+                bias, step, floor = 0, 0, 0
                 if c0 + channels == C_:
                     bias, step, floor = finish + size * (2 + MR + g * padded + o0), size * MR, finish + size
                 for q in range(0, count, width):

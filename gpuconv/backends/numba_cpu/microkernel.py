@@ -27,7 +27,7 @@ def tile(lanes: Lanes, rows: int, vectors: int, ahead: int = 0) -> Any:
     floor).
 
     ``last`` lanes of the last vector of a row exist in C. ``bias`` are ``rows`` numbers to add at the end, ``floor`` is
-    the address of the least value of a result. With ``ahead`` = 1 the memory at ``next`` + off[k] is fetched into the
+    the address of the least value of a result; both are 0 where the sums go on. With ``ahead`` = 1 the memory at ``next`` + off[k] is fetched into the
     cache, with 2 that at ``next`` + off[K + k].
     """
 
@@ -40,9 +40,6 @@ def tile(lanes: Lanes, rows: int, vectors: int, ahead: int = 0) -> Any:
         def place(i: int, j: int) -> Value:
             return e.at(c, e.times(ldc, i), j * e.lanes.count)
 
-        for i in range(rows):  # C comes into the first-level cache while the sums are made
-            for j in range(vectors):
-                e.prefetch(place(i, j))
         builder.branch(loop)
 
         builder.position_at_end(loop)
@@ -82,15 +79,25 @@ def tile(lanes: Lanes, rows: int, vectors: int, ahead: int = 0) -> Any:
 
         builder.position_at_end(finish)
         totals = e.sums(rows, vectors, [(after, new), (add, more)])
+        last_block, write = e.block("last"), e.block("write")
+        going_on = builder.icmp_signed("==", builder.ptrtoint(bias, I64), I64(0))
+        builder.cbranch(going_on, write, last_block)
+        builder.position_at_end(last_block)
         least = e.splat(builder.load(floor))
+        done = []
         for i in range(rows):
             offset_i = e.splat(builder.load(e.at(bias, i)))
+            values = [builder.fadd(totals[i][j], offset_i) for j in range(vectors)]
+            done.append([builder.select(builder.fcmp_ordered("<", v, least), least, v) for v in values])
+        builder.branch(write)
+
+        builder.position_at_end(write)
+        results = e.sums(rows, vectors, [(finish, totals), (last_block, done)])
+        for i in range(rows):
             for j in range(vectors):
-                value = builder.fadd(totals[i][j], offset_i)
-                value = builder.select(builder.fcmp_ordered("<", value, least), least, value)
                 if j < vectors - 1:
-                    e.store(value, place(i, j))
+                    e.store(results[i][j], place(i, j))
                 else:
-                    e.masked_store(value, place(i, j), mask)
+                    e.masked_store(results[i][j], place(i, j), mask)
 
     return routine(f"tile_{lanes}_{rows}x{vectors}_{ahead}", lanes, "eeteiiiieee", emit)

@@ -214,7 +214,7 @@ def _kernel(lanes: Lanes, x_dtype: str) -> Callable[..., None]:
                 source = plane + c0 * get(arguments, SXC)
                 a = weight + size * (c0 * padded + o0 * channels)
                 more = c0 > 0
-                bias, bias_step, floor = finish + 2 * size, 0, finish
+                bias, bias_step, floor = 0, 0, 0
                 if c0 + channels == C_:
                     bias, bias_step, floor = finish + size * (2 + MR + g * padded + o0), size * MR, finish + size
                 for j in range(first, end, width):

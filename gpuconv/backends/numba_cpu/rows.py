@@ -354,7 +354,7 @@ def _kernel(
                 else:
                     fill(
                         arguments, memory, image, 1, i, high + get(facts, REACH_DOWN), j,
-                        wide + get(facts, REACH_ACROSS),
+                        wide + get(facts, REACH_ACROSS), False,
                     )  # fmt: skip
                 for t in range(0, high, height):
                     u = 0

@@ -314,7 +314,7 @@ class Bound:
 
 def filler(lanes: Lanes, stored: str) -> Any:
     """A function that copies what a strip reads of some channels: fill(arguments, to, image, channels, i0, high, j0,
-    wide), the image at an address.
+    wide, again), the image at an address. ``again``: ``to`` holds other channels of the same place, and so its border.
     """
     wide_size = lanes.size
     read, _, fill_row = rows(lanes, stored)
@@ -331,7 +331,7 @@ def filler(lanes: Lanes, stored: str) -> Any:
                 read(to + wide_size * u, source + column * step, 1, step)
 
     @compiled
-    def fill(arguments, to, image, channels, i0, high, j0, wide):
+    def fill(arguments, to, image, channels, i0, high, j0, wide, again):
         pitch, places, channel = get(arguments, PITCH), get(arguments, PLACES), get(arguments, CHANNEL)
         row_phases, column_phases = get(arguments, ROW_PHASES), get(arguments, COLUMN_PHASES)
         sources, extent = get(arguments, ROW_SOURCE), get(arguments, ROW_EXTENT)
@@ -352,13 +352,14 @@ def filler(lanes: Lanes, stored: str) -> Any:
                         line = get(sources, a * extent + i0 + t)
                         place = base + wide_size * (c * channel + t * pitch)
                         if line < 0:
-                            fill_row(place, constant, wide)
+                            if not again:
+                                fill_row(place, constant, wide)
                             continue
                         source = image + c * sxc + line * sxh
                         if not border:
                             side(arguments, place, source, columns, 0, start)
                             side(arguments, place, source, columns, stop, wide)
-                        else:
+                        elif not again:
                             if start > 0:
                                 fill_row(place, constant, start)
                             if stop < wide:
@@ -410,7 +411,7 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
             if bias != 0 and k + count == K:
                 part(here, b, at, c, count, K, pixels, ldc, panels, more, bias, wide_size * MR, finish + wide_size)
             else:
-                part(here, b, at, c, count, K, pixels, ldc, panels, more, finish + 2 * wide_size, 0, finish)
+                part(here, b, at, c, count, K, pixels, ldc, panels, more, 0, 0, 0)
 
     def strip(arguments, thread, threads):
         high, wide, ob = get(arguments, HIGH), get(arguments, WIDE), get(arguments, OUTPUTS)
@@ -452,7 +453,7 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
                 K = channels * taps
                 fill(
                     arguments, inputs, source + c0 * get(arguments, SXC), channels, i0, i1 - i0 + reach_down, j0,
-                    j1 - j0 + reach_across,
+                    j1 - j0 + reach_across, c0 > 0,
                 )  # fmt: skip
                 a = weight + wide_size * (c0 * padded + o0 * channels) * taps
                 if raw:

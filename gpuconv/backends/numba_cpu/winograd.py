@@ -345,7 +345,6 @@ def _kernel(lanes: Lanes) -> Callable[..., None]:
         """The sums over the channels at every point, of some panels of output channels."""
         C_, kc, ldc = get(arguments, C), get(arguments, KC), get(arguments, LDC)
         offsets, finish = get(arguments, OFFSETS), get(arguments, FINISH)
-        zeros = finish + 2 * size
         for point in range(POINTS):
             for c in range(0, C_, kc):
                 K_, more = min(kc, C_ - c), c > 0
@@ -357,11 +356,11 @@ def _kernel(lanes: Lanes) -> Callable[..., None]:
                     for o in range(panels):
                         A, s = a + size * o * C_ * MR, to + size * o * MR * ldc
                         if left > width - count:
-                            full((A, b, offsets, s, K_, ldc, more, count, b, zeros, finish))
+                            full((A, b, offsets, s, K_, ldc, more, count, b, 0, 0))
                         elif left > count:
-                            two((A, b, offsets, s, K_, ldc, more, count, b, zeros, finish))
+                            two((A, b, offsets, s, K_, ldc, more, count, b, 0, 0))
                         else:
-                            one((A, b, offsets, s, K_, ldc, more, count, b, zeros, finish))
+                            one((A, b, offsets, s, K_, ldc, more, count, b, 0, 0))
 
     def winograd(arguments, thread, threads):
         high, wide = get(arguments, HIGH), get(arguments, WIDE)
