@@ -30,6 +30,14 @@ DTYPES = (
 )  # fmt: skip
 # These serve every valid problem; the others may refuse one, with reasons.
 SERVE_EVERYTHING = ("numba_cuda.direct", "numpy.reference")
+
+
+def is_costly(name: str, dtype: str) -> bool:
+    """As in running.py: specialised kernels for other dtypes are compiled in the long profile only."""
+    long = os.environ.get("GPUCONV_TEST_LONG") == "1"
+    return not long and name.startswith("numba_cpu.") and name != "numba_cpu.strip" and dtype != "float32"
+
+
 Index = tuple[int, ...]
 
 
@@ -261,6 +269,8 @@ def refuses(name: str, call: Call) -> bool:
     """Whether ``name`` is one of those that need not serve everything, and does not serve ``call``."""
     if name in SERVE_EVERYTHING or dispatch.library_of(name) != "numba_cpu":
         return False
+    if is_costly(name, "float32" if " float32 " in call.name else "another"):
+        return True
     if (name, call.name) not in _refusals:
         try:
             call.run(backend=name)

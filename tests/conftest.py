@@ -25,6 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Numba's CUDA simulator takes a second for what a GPU does in a microsecond.
     quick = "simulator" if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" else "quick"
     settings.load_profile("deep" if _asks_for_full(config) else quick)
+    if _asks_for_full(config):
+        os.environ["GPUCONV_TEST_LONG"] = "1"  # the children's too
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

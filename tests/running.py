@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import units
+from calls import is_costly
 
 import gpuconv
 from gpuconv import dispatch
@@ -24,6 +25,12 @@ SLOW_IN_SIMULATOR = (
 # A module's pytestmark. Kernels run as Python in the simulator: NumPy warns where a GPU's numbers wrap or become NaN
 # without a word.
 SIMULATOR_MARKS = [pytest.mark.filterwarnings("ignore:.*encountered in scalar:RuntimeWarning")] if SIMULATED else []
+
+
+def skip_costly(name: str, array: Any) -> None:
+    dtype = getattr(getattr(array, "dtype", None), "name", "float32")
+    if is_costly(name, dtype):
+        pytest.skip("specialised CPU kernels for other dtypes than float32 are compiled in the long profile")
 
 
 FORWARD = dispatch.serving("forward")
@@ -66,6 +73,7 @@ def runner(name: str) -> units.Run:
     skip_unless_usable(name)
 
     def run(*operands: Any, **kwargs: Any) -> Any:
+        skip_costly(name, operands[0])
         try:
             return gpuconv.conv2d(*operands, backend=name, **kwargs)
         except gpuconv.NoBackendError as refusal:

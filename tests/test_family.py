@@ -19,7 +19,7 @@ import pytest
 import units
 from cases import DTYPES, Case
 from family import CALLS, FAMILY, FamilyCase
-from running import SERVE_EVERYTHING, SIMULATED, home, simulated, skip_in_simulator, skip_unless_usable
+from running import SERVE_EVERYTHING, SIMULATED, home, simulated, skip_costly, skip_in_simulator, skip_unless_usable
 
 import gpuconv
 from gpuconv import dispatch
@@ -50,6 +50,9 @@ def runner(name: str, call: str) -> units.Run:
     skip_unless_usable(name)
 
     def run(*operands: Any, **kwargs: Any) -> Any:
+        for operand in operands:
+            if hasattr(operand, "dtype"):
+                skip_costly(name, operand)
         try:
             return family.public(call)(*operands, backend=name, **kwargs)
         except gpuconv.NoBackendError as refusal:

@@ -27,8 +27,8 @@ def tile(lanes: Lanes, rows: int, vectors: int, ahead: int = 0) -> Any:
     floor).
 
     ``last`` lanes of the last vector of a row exist in C. ``bias`` are ``rows`` numbers to add at the end, ``floor`` is
-    the address of the least value of a result; both are 0 where the sums go on. With ``ahead`` = 1 the memory at ``next`` + off[k] is fetched into the
-    cache, with 2 that at ``next`` + off[K + k].
+    the address of the least value of a result; both are 0 where the sums go on. With ``ahead`` = 1 the memory at
+    ``next`` + off[k] is fetched into the cache, with 2 that at ``next`` + off[K + k].
     """
 
     def emit(e: Emitter, a: Value, b: Value, off: Value, c: Value, K: Value, ldc: Value, accumulate: Value,

@@ -344,7 +344,7 @@ def _kernel(lanes: Lanes) -> Callable[..., None]:
     def multiply(arguments, sums, weight, step, inputs, panels, tiles):
         """The sums over the channels at every point, of some panels of output channels."""
         C_, kc, ldc = get(arguments, C), get(arguments, KC), get(arguments, LDC)
-        offsets, finish = get(arguments, OFFSETS), get(arguments, FINISH)
+        offsets = get(arguments, OFFSETS)
         for point in range(POINTS):
             for c in range(0, C_, kc):
                 K_, more = min(kc, C_ - c), c > 0

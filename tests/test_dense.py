@@ -1,0 +1,103 @@
+"""The dense kernels of the CPU: narrower registers than this machine's, any number of threads, and the same bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+
+import gpuconv
+from gpuconv import request
+from gpuconv.backends.numba_cpu import merged, pointwise, runtime, strip
+from gpuconv.backends.protocol import Operands, Target
+from gpuconv.problem import Conv2dProblem
+
+pytestmark = pytest.mark.skipif(runtime.unavailable() is not None, reason="no compiled kernels on this machine")
+
+MODULES = {"strip": strip, "pointwise": pointwise, "merged": merged}
+PROBLEMS = {
+    "strip": (
+        "n2c21h9w11_o13kh3kw3_p1", "n1c5h13w40_o9kh5kw2_s2x3d2p2x1", "n2c6h9w9_o10kh3kw3_p2g2_reflect_bias_relu",
+    ),
+    "pointwise": ("n2c330h5w7_o13kh1kw1_bias", "n1c6h9w9_o10kh1kw1_s2g2"),
+    "merged": ("n7c40h7w7_o21kh3kw3_p1_bias_relu", "n3c330h4w5_o9kh1kw1"),
+}  # fmt: skip
+MOST = 1 << 28
+
+
+def computed(module: Any, line: str, dtype: str, bits: int | None, threads: int, images: int | None = None) -> Any:
+    """The convolution of fixed normal numbers, and the reference's."""
+    problem = Conv2dProblem.parse(f"{line}_{dtype}")
+    rng = np.random.default_rng(7)
+    numpy_type = cases.numpy_dtype(problem.x_dtype)
+    x, k, bias = (
+        rng.standard_normal(shape).astype(numpy_type) for shape in (problem.x_shape, problem.k_shape, (problem.O,))
+    )
+    if images is not None:
+        x = x[:images]
+        problem = Conv2dProblem.parse(f"n{images}{line[line.index('c') :]}_{dtype}")
+    y = np.full(problem.y_shape, np.nan, numpy_type)
+    target = Target("cpu", None, threads, bits)
+    assert module.unsupported(problem, target) == []
+    plan = module.plan(problem, target, MOST)
+    views = [request.view(problem, which, array) for which, array in enumerate((x, k, y))]
+    module.run(plan, Operands(views[0], views[1], bias if problem.bias else None), views[2])
+    options = {name: getattr(problem, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+    wanted = gpuconv.conv2d(
+        x, k, bias if problem.bias else None, **options, activation=problem.activation, backend="numpy.reference"
+    )
+    return y, wanted
+
+
+@pytest.mark.parametrize("dtype", ["f32", pytest.param("f64", marks=pytest.mark.full), "f16"])
+@pytest.mark.parametrize("bits", [128, 256, pytest.param(512, marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", MODULES)
+def test_any_width(name, bits, dtype):
+    if dtype == "f16" and (name != "strip" or bits == 128):
+        pytest.skip("16-bit results are numba_cpu.strip's and alike at every width")
+    for line in PROBLEMS[name]:
+        y, wanted = computed(MODULES[name], line, dtype, bits, 2)
+        tolerance = {"f32": 1e-5, "f64": 1e-13, "f16": 4e-3}[dtype]
+        error = np.abs(y.astype(np.float64) - wanted.astype(np.float64)).max()
+        assert error <= tolerance * np.abs(wanted.astype(np.float64)).max(), line
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_threads_and_company_change_no_bit(name):
+    for line in PROBLEMS[name]:
+        one, _ = computed(MODULES[name], line, "f32", None, 1)
+        for threads in (2, 3, 7):
+            assert computed(MODULES[name], line, "f32", None, threads)[0].tobytes() == one.tobytes(), (line, threads)
+        alone, _ = computed(MODULES[name], line, "f32", None, 2, images=1)
+        assert alone.tobytes() == one[:1].tobytes(), line
+
+
+def test_the_dense_kernels_sum_alike():
+    for line, names in (("n3c330h4w5_o9kh1kw1", MODULES), ("n7c40h7w7_o21kh3kw3_p1", ("strip", "merged"))):
+        found = {computed(MODULES[name], line, "f32", None, 2)[0].tobytes() for name in names}
+        assert len(found) == 1, line
+
+
+def test_registers_are_asked_for_by_name(monkeypatch):
+    runtime.vector_bits.cache_clear()
+    monkeypatch.setenv("GPUCONV_VECTOR_BITS", "96")
+    with pytest.raises(ValueError, match=r"GPUCONV_VECTOR_BITS must be 128, 256 or 512; got '96'"):
+        runtime.vector_bits()
+    monkeypatch.delenv("GPUCONV_VECTOR_BITS")
+    runtime.vector_bits.cache_clear()
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "two", "1.5"])
+def test_a_number_of_threads_is_a_number(monkeypatch, wrong):
+    monkeypatch.setenv("GPUCONV_NUM_THREADS", wrong)
+    with pytest.raises((TypeError, ValueError), match="GPUCONV_NUM_THREADS"):
+        runtime.thread_count()
+
+
+def test_threads_are_limited(monkeypatch):
+    monkeypatch.setenv("GPUCONV_NUM_THREADS", "1")
+    assert runtime.thread_count() == 1
+    y = gpuconv.conv2d(np.ones((2, 32, 40, 40), np.float32), np.ones((32, 32, 3, 3), np.float32))
+    assert (y == 288).all()

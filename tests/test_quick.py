@@ -1,0 +1,103 @@
+"""A repeated call goes straight to its kernel, and means exactly what it would have meant the first time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import gpuconv
+from gpuconv import conv2d, quick
+from gpuconv.backends.numba_cpu import runtime
+
+pytestmark = pytest.mark.skipif(runtime.unavailable() is not None, reason="no compiled kernels on this machine")
+
+X = np.random.default_rng(0).standard_normal((2, 5, 9, 8)).astype(np.float32)
+K = np.random.default_rng(1).standard_normal((6, 5, 3, 3)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    gpuconv.clear()
+
+
+def test_a_call_is_remembered_by_what_it_depends_on():
+    conv2d(X, K)
+    assert len(quick._ready) == 1
+    conv2d(X, K)
+    conv2d(X.copy(), K.copy())
+    assert len(quick._ready) == 1
+    for other in (X[:1], X[..., ::2], X.astype(np.float64)):
+        conv2d(other, K)
+    assert len(quick._ready) == 3  # float64 beside a float32 kernel converts, and is not remembered
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "wrong"),
+    [
+        ({"stride": 1}, {"stride": 1.0}),
+        ({"stride": 1}, {"stride": True}),
+        ({"stride": (1, 1)}, {"stride": (1.0, 1)}),
+        ({"padding": 1}, {"padding": True}),
+        ({"groups": 1}, {"groups": 1.0}),
+        ({"flip": False}, {"flip": 0}),
+        ({"dilation": (1, 1)}, {"dilation": (True, 1)}),
+    ],
+)
+def test_what_is_refused_is_refused_after_its_equal_was_served(kwargs, wrong):
+    conv2d(X, K, **kwargs)
+    with pytest.raises(TypeError):
+        conv2d(X, K, **wrong)
+
+
+def test_values_of_arguments_matter():
+    for value in (0, 1.5, -1.5, 0):
+        y = conv2d(X, K, padding=2, padding_value=value)
+        wanted = conv2d(X, K, padding=2, padding_value=value, backend="numpy.reference")
+        assert np.allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    for bias in (np.zeros(6, np.float32), np.arange(6, dtype=np.float32)):
+        for _ in range(2):
+            assert np.allclose(conv2d(X, K, bias), conv2d(X, K) + bias[:, None, None], atol=1e-5)
+
+
+def test_what_cannot_be_hashed_is_served():
+    for _ in range(2):
+        assert conv2d(X, K, stride=[1, 2]).shape == (2, 6, 7, 3)
+
+
+def test_a_subclass_and_a_foreign_byte_order_take_the_long_way():
+    class Own(np.ndarray):
+        pass
+
+    conv2d(X.view(Own), K)
+    conv2d(X.astype(X.dtype.newbyteorder()), K)
+    assert not quick._ready
+
+
+def test_memory_of_one_call_is_not_another_s():
+    first = conv2d(X, K)
+    kept = first.copy()
+    second = conv2d(X + 1, K)
+    assert np.array_equal(first, kept) and not np.shares_memory(first, second)
+
+
+def test_the_number_of_threads_may_change(monkeypatch):
+    x, k = np.ones((1, 32, 40, 40), np.float32), np.ones((32, 32, 3, 3), np.float32)
+    wanted = conv2d(x, k).tobytes()
+    monkeypatch.setenv("GPUCONV_NUM_THREADS", "1")
+    assert conv2d(x, k).tobytes() == wanted
+    monkeypatch.delenv("GPUCONV_NUM_THREADS")
+    assert conv2d(x, k).tobytes() == wanted
+
+
+def test_it_is_bounded():
+    for extent in range(3, 3 + quick._MOST + 5):
+        conv2d(np.ones((3, extent), np.float32), np.ones((3, 3), np.float32))
+    assert len(quick._ready) <= quick._MOST
+
+
+def test_a_prepared_convolution_repeats_too():
+    layer = gpuconv.Conv2d(K, padding=1)
+    first = layer(X).tobytes()
+    assert layer(X).tobytes() == first
+    gpuconv.clear()
+    assert layer(X).tobytes() == first
