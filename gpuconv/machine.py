@@ -104,6 +104,9 @@ def clear() -> None:
         module = sys.modules.get(f"gpuconv.backends.numba_cuda.{name}")
         if module is not None:
             module.kernel.cache_clear()
+    strip = sys.modules.get("gpuconv.backends.numba_cpu.strip")
+    if strip is not None:
+        strip.tables_of.cache_clear()
     prepared = sys.modules.get("gpuconv.prepared")
     if prepared is not None:
         prepared.release()

@@ -262,23 +262,17 @@ def serving(call: Call, names: Iterable[str]) -> list[str]:
     return [name for name in names if knows(name, call.op) and not refuses(name, call)]
 
 
-_refusals: dict[tuple[str, str], bool] = {}
-
-
 def refuses(name: str, call: Call) -> bool:
     """Whether ``name`` is one of those that need not serve everything, and does not serve ``call``."""
     if name in SERVE_EVERYTHING or dispatch.library_of(name) != "numba_cpu":
         return False
     if is_costly(name, "float32" if " float32 " in call.name else "another"):
         return True
-    if (name, call.name) not in _refusals:
-        try:
-            call.run(backend=name)
-        except gpuconv.NoBackendError:
-            _refusals[name, call.name] = True
-        else:
-            _refusals[name, call.name] = False
-    return _refusals[name, call.name]
+    try:
+        call.run(backend=name)
+    except gpuconv.NoBackendError:
+        return True
+    return False
 
 
 def jobs(

@@ -73,7 +73,7 @@ def runner(name: str) -> units.Run:
     skip_unless_usable(name)
 
     def run(*operands: Any, **kwargs: Any) -> Any:
-        skip_costly(name, operands[0])
+        skip_costly(name, operands[0] if operands else kwargs.get("x"))
         try:
             return gpuconv.conv2d(*operands, backend=name, **kwargs)
         except gpuconv.NoBackendError as refusal:

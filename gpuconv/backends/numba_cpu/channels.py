@@ -206,7 +206,7 @@ def kernel_of(
     return f"channels_{lanes}_{special[0]}_{special[1]}_{x}_{y}", lambda: _kernel(lanes, special, x, y)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def tile(lanes: Lanes, x: str, y: str, pixels: int, special: tuple[int, int, int, int] | None) -> Any:
     """A tile of a row: a function of (x, w, y, rows, channels, taps, steps…, accumulate, bias, floor).
 

@@ -7,7 +7,6 @@ A folder that is not is left alone, and kernels are then compiled anew in each p
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import pickle
@@ -64,8 +63,7 @@ def _make(place: Path) -> None:
             place.mkdir(mode=0o700)
 
 
-@functools.lru_cache(maxsize=64)
-def _sources() -> bytes:
+def _digest() -> bytes:
     """A digest of the code that kernels are made of and of what compiles it: another one, another kernel."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
@@ -73,6 +71,10 @@ def _sources() -> bytes:
     for version in (numba.__version__, llvmlite.__version__, platform.python_version(), sys.implementation.cache_tag):
         digest.update(str(version).encode())
     return digest.digest()
+
+
+# Taken when the code is loaded: files that change later, in an upgrade, are not what this process compiles.
+_SOURCES = _digest()
 
 
 class KernelCache(_Cache):  # type: ignore[misc]
@@ -101,7 +103,7 @@ class KernelCache(_Cache):  # type: ignore[misc]
         place, _ = usable()
         if place is None:
             return None
-        digest = hashlib.sha256(_sources())
+        digest = hashlib.sha256(_SOURCES)
         digest.update(repr((self.name, codegen.magic_tuple())).encode())
         return place / f"{self.name}-{digest.hexdigest()[:16]}.kernel"
 

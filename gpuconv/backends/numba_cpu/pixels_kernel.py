@@ -35,7 +35,7 @@ def vectors_of(outputs: int, lanes: Lanes) -> int:
     return min(choices, key=lambda count: -(-needed // count) * count * (1.15 if count == 1 else 1))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def tile(lanes: Lanes, pixels: int, vectors: int) -> Any:
     """The micro-kernel: a function of (A, x, runs, px, py, y, R, accumulate, final, last, bias, floor, next, rate).
 
@@ -148,7 +148,7 @@ def _masks(e: Emitter, last: Value, vectors: int) -> list[Value]:
     return [e.mask(e.builder.sub(last, I64(j * e.lanes.count))) for j in range(vectors)]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def zeros(lanes: Lanes, vectors: int) -> Any:
     """A function of (py, y, count, last) that writes zero where the micro-kernel for ``count`` pixels would write."""
 

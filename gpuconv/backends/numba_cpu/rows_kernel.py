@@ -16,7 +16,7 @@ from typing import Any
 from gpuconv.backends.numba_cpu.vectors import I64, Emitter, Lanes, Value, routine
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def row_tile(lanes: Lanes, rows: int, vectors: int, kinds: tuple[int, ...]) -> Any:
     """The micro-kernel for n of ``kinds`` kernel rows, of which 0, the last, stands for any n ≥ ``rows``: a function of
     (A, B, col, C, n, KW, line, ldc, accumulate, finish, last, bias, floor).

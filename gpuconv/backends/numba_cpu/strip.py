@@ -190,8 +190,8 @@ def made(geometry: Geometry, shape: Shape, threads: int, raw: bool, detail: str,
 
 def outputs_at_once(padded: int, rows: int) -> int:
     """Output channels of a block of weights: at most _OUTPUTS, in equal shares of whole panels."""
-    blocks = -(-padded // _OUTPUTS)
-    return -(-padded // rows // blocks) * rows
+    blocks = max(-(-padded // _OUTPUTS), 1)
+    return max(-(-padded // rows // blocks), 1) * rows
 
 
 def odd_lines(count: int, lanes: Lanes) -> int:
@@ -219,7 +219,8 @@ def _strip(geometry: Geometry, most: tuple[int, ...], ob: int) -> tuple[int, int
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(geometry: Geometry, shape: Shape) -> tuple[np.ndarray[Any, Any], ...]:
+def tables_of(geometry: Geometry, shape: Shape) -> tuple[np.ndarray[Any, Any], ...]:
+    """``geometry.tables``, made once."""
     return geometry.tables(shape)
 
 
@@ -229,7 +230,7 @@ def table_of(plan: Plan, x: Any, k: Any | None, out: Any) -> tuple[list[int], An
     """
     problem, config = plan.problem, plan.config
     geometry, shape = config["geometry"], config["shape"]
-    kept = _tables(geometry, shape)
+    kept = tables_of(geometry, shape)
     rows, columns, inside, offsets = (table.ctypes.data for table in kept)
     steps = (0,) * 5 if k is None else k.strides
     entries = [

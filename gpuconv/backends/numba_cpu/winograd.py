@@ -239,7 +239,7 @@ def _transformer(lanes: Lanes) -> Callable[..., None]:
     return transform_weights
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _panel(lanes: Lanes) -> Any:
     """A function that transforms the weights of a panel at ``source``, of which the first ``present`` exist."""
     size, (MR, _) = lanes.size, TILES[lanes.bits]

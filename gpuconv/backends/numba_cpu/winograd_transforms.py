@@ -20,7 +20,7 @@ TILE, WINDOW = 4, 6  # the sides of what a tile makes and of what it reads
 POINTS = WINDOW * WINDOW
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def split(lanes: Lanes) -> Any:
     """A function of (to, source, plane, count): to[r·plane + u] = source[4·u + r] for u < count and r < 6.
 
@@ -43,7 +43,7 @@ def split(lanes: Lanes) -> Any:
     return routine(f"winograd_split_{lanes}", lanes, "eeii", emit)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def image(lanes: Lanes) -> Any:
     """Bᵀ x B: a function of (to, planes, plane, pitch, step, count) for ``count`` tiles, a multiple of the lanes.
 
@@ -79,7 +79,7 @@ def _image(e: Emitter, x: list[Value]) -> list[Value]:
     ]  # fmt: skip
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def result(lanes: Lanes) -> Any:
     """Aᵀ m A: a function of (to, source, step, line, count, bias, floor) for ``count`` tiles, a multiple of the lanes.
 
@@ -129,7 +129,7 @@ def _result(e: Emitter, m: list[Value]) -> list[Value]:
     ]  # fmt: skip
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def kernel(lanes: Lanes, rows: int) -> Any:
     """G k Gᵀ: a function of (to, source, step, channels) for a panel of ``rows`` output channels.
 
