@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import calls
 import cases
 import numpy as np
 import pytest
@@ -101,3 +102,19 @@ def test_threads_are_limited(monkeypatch):
     assert runtime.thread_count() == 1
     y = gpuconv.conv2d(np.ones((2, 32, 40, 40), np.float32), np.ones((32, 32, 3, 3), np.float32))
     assert (y == 288).all()
+
+
+ONE_KERNEL = """
+import numpy as np, gpuconv
+for rows in ROWS:
+    x, k = np.ones((1, 1, 6, 6), np.float32), np.full((1, 1, rows, rows), 2, np.float32)
+    y = gpuconv.conv2d(x, k, backend="numba_cpu.rows")
+    assert (y == 2 * rows * rows).all(), (rows, y)
+"""
+
+
+@pytest.mark.full
+def test_kernels_from_two_processes_are_not_taken_for_one_another(tmp_path):
+    """Each compiles one kernel as its first, so that Numba gives both the same name; a third process uses both."""
+    for rows in ("(1,)", "(2,)", "(1, 2)", "(2, 1)"):
+        calls.child(ONE_KERNEL.replace("ROWS", rows), GPUCONV_CACHE_DIR=str(tmp_path / "kernels"))

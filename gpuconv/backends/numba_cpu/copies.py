@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from numba import njit
 from numba.core import types
 
+from gpuconv.backends.numba_cpu.kernel_cache import alone
 from gpuconv.backends.numba_cpu.vectors import I64, SIZE, Emitter, Lanes, Value, routine, scalar
 
 LETTERS = {"float16": "h", "bfloat16": "b", "float32": "s", "float64": "d"}
@@ -19,7 +20,7 @@ def compiled(function: Callable[..., Any]) -> Any:
     integer division.
     """
     signature = (types.intp,) * function.__code__.co_argcount
-    return njit([signature], error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    return njit([signature], error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(alone(function))
 
 
 class Rows(NamedTuple):

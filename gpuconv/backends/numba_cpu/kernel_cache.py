@@ -14,6 +14,8 @@ import platform
 import stat
 import sys
 import tempfile
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,16 @@ def _digest() -> bytes:
 
 # Taken when the code is loaded: files that change later, in an upgrade, are not what this process compiles.
 _SOURCES = _digest()
+
+
+def alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` under a name that no other process gives to anything.
+
+    Machine code from the cache is linked by name. Numba's names are those of the source with a count of this process,
+    so that two functions from one place in the source, compiled in two processes, could be taken for one another.
+    """
+    function.__qualname__ = f"{function.__qualname__}_{uuid.uuid4().hex}"
+    return function
 
 
 class KernelCache(_Cache):  # type: ignore[misc]

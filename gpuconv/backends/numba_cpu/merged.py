@@ -103,7 +103,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     images = max(1, min(problem.N, _PIXELS // max(pixels, 1)))
     while True:
         company = -(-problem.N // images) * problem.groups
-        if company % threads and geometry.padded % (MR * threads) == 0:
+        if geometry.padded and company % threads and geometry.padded % (MR * threads) == 0:
             ob = min(ob, geometry.padded // threads)
         held = -(-images * pixels // width) * width
         shape = geometry.shape(problem.OH, problem.OW, ob, strip.odd_lines(held, lanes))

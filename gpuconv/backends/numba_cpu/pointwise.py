@@ -73,7 +73,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     ob, at_once = padded, pixels
     if problem.N * groups % threads:
         # One image is split over its outputs where the weights are larger than the pixels.
-        if padded % (MR * threads) == 0 and pixels < 400:
+        if padded and padded % (MR * threads) == 0 and pixels < 400:
             ob = padded // threads
         else:
             share = -(-pixels // threads)

@@ -23,7 +23,7 @@ from numba.core import cgutils, types
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
-from gpuconv.backends.numba_cpu.kernel_cache import KernelCache
+from gpuconv.backends.numba_cpu.kernel_cache import KernelCache, alone
 from gpuconv.backends.numba_cpu.vectors import I64
 from gpuconv.geometry import as_integer
 
@@ -217,7 +217,7 @@ def kernel(name: str, make: Callable[[], Callable[..., None]]) -> int:
         return found
     with _lock:
         if name not in _kernels:
-            function: Any = CFunc(make(), _SIGNATURE, {}, {"error_model": "numpy"})
+            function: Any = CFunc(alone(make()), _SIGNATURE, {}, {"error_model": "numpy"})
             function._cache = KernelCache(name)
             function.compile()
             if not function._cache.hit:

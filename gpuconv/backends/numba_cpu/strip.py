@@ -160,7 +160,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     ob = min(ob, max(MR, most[0] // MR * MR))
     high, wide = _strip(geometry, most[1:], ob)
     if images % threads:
-        if problem.OH * problem.OW < 1000 and padded % (MR * threads) == 0 and padded // threads <= ob:
+        if padded and problem.OH * problem.OW < 1000 and padded % (MR * threads) == 0 and padded // threads <= ob:
             ob = padded // threads  # a plane too small to be cut in strips: each thread makes some of its channels
         else:
             strips = max(-(-problem.OH // high), 1)
