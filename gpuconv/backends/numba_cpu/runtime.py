@@ -185,13 +185,6 @@ class Task:
         )  # fmt: skip
 
 
-def run(kernel: int, table: np.ndarray[Any, Any], threads: int) -> None:
-    """Run ``kernel`` on a whole table of arguments, addresses of arrays included."""
-    whole = np.zeros(TABLE, np.int64)
-    whole[: len(table)] = table
-    (starter(False) if threads == 1 else _parallel)(kernel, whole.ctypes.data, threads, *(0,) * ARRAYS)
-
-
 def _parallel(*arguments: int) -> None:
     if _threads["lost"]:
         starter(False)(*arguments)
