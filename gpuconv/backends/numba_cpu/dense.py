@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from gpuconv.backends import phases
 from gpuconv.backends.numba_cpu import runtime
 from gpuconv.backends.numba_cpu.microkernel import BLOCK
 from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes
-from gpuconv.backends.protocol import Target
+from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
 # What a kernel reads, by what it sums in.
@@ -41,6 +42,30 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
 def parts(problem: Conv2dProblem) -> list[Conv2dProblem]:
     """The forward convolutions that make up ``problem``."""
     return [phase.problem for phase in phases.phases(problem)] if problem.op == "input_grad" else [problem]
+
+
+def plan(
+    forward: Callable[[Conv2dProblem, Target, int], Plan], problem: Conv2dProblem, target: Target, limit: int
+) -> Plan:
+    """The plan of ``problem``, or of each of its parts, by ``forward``."""
+    if problem.op == "input_grad":
+        return phases.plan(lambda part: forward(part, target, limit), problem)
+    return forward(problem, target, limit)
+
+
+def run(forward: Callable[[Plan, Operands, Any], None], plan: Plan, operands: Operands, out: Any) -> None:
+    """Carry out ``plan``, or each of its parts, by ``forward``."""
+    if plan.problem.op == "input_grad":
+        phases.run(forward, plan, operands, out)
+    else:
+        forward(plan, operands, out)
+
+
+def once(bound: Any, plan: Plan, operands: Operands, out: Any) -> None:
+    """Bind ``plan`` to the arrays of one call, and run it."""
+    packed = operands.packed
+    ready = bound(plan, operands.x, operands.k if packed is None else None, out)
+    ready(operands.x, operands.k, packed, operands.bias, out)
 
 
 def lanes_of(problem: Conv2dProblem, target: Target) -> Lanes:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from gpuconv import schedule
-from gpuconv.backends import phases
 from gpuconv.backends.numba_cpu import dense, runtime, strip, weights
 from gpuconv.backends.numba_cpu.copies import compiled, rows
 from gpuconv.backends.numba_cpu.microkernel import BLOCK, TILES, tile
@@ -89,9 +88,7 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
 
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose how many images are merged."""
-    if problem.op == "input_grad":
-        return phases.plan(lambda part: _plan(part, target, limit), problem)
-    return _plan(problem, target, limit)
+    return dense.plan(_plan, problem, target, limit)
 
 
 def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
@@ -135,16 +132,11 @@ pack = strip.pack
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
     """Write the convolution, or the input gradient, of NumPy operands into ``out``."""
-    if plan.problem.op == "input_grad":
-        phases.run(_run, plan, operands, out)
-    else:
-        _run(plan, operands, out)
+    dense.run(_run, plan, operands, out)
 
 
 def _run(plan: Plan, operands: Operands, out: Any) -> None:
-    x = operands.x
-    bound = Bound(plan, x, operands.k if operands.packed is None else None, out)
-    bound(x, operands.k, operands.packed, operands.bias, out)
+    dense.once(Bound, plan, operands, out)
 
 
 class Bound(strip.Bound):

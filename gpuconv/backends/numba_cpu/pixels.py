@@ -64,9 +64,7 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
 
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose the way, the units of work and the order of the sums."""
-    if problem.op == "input_grad":
-        return phases.plan(lambda part: _plan(part, target, limit), problem)
-    return _plan(problem, target, limit)
+    return dense.plan(_plan, problem, target, limit)
 
 
 def _reached(extent: int, outputs: int, before: int, stride: int, tap: int) -> tuple[int, int]:
@@ -242,10 +240,7 @@ def _packing(plan: Plan, k: Any) -> pixels_kernel.Packing:
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
     """Write the convolution, or the input gradient, of NumPy operands into ``out``."""
-    if plan.problem.op == "input_grad":
-        phases.run(_run, plan, operands, out)
-    else:
-        _run(plan, operands, out)
+    dense.run(_run, plan, operands, out)
 
 
 def _is_direct(array: Any, lanes: Lanes) -> bool:
@@ -262,10 +257,7 @@ def _run(plan: Plan, operands: Operands, out: Any) -> None:
     if out.size == 0 or plan.problem.C == 0:
         phases.fill_with_bias(plan.problem, operands.bias, out)
         return
-    x = operands.x
-    Bound(plan, x, operands.k if operands.packed is None else None, out)(
-        x, operands.k, operands.packed, operands.bias, out
-    )
+    dense.once(Bound, plan, operands, out)
 
 
 class Bound:

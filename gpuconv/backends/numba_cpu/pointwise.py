@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from gpuconv import schedule
-from gpuconv.backends import phases
 from gpuconv.backends.numba_cpu import dense, runtime, strip, weights
 from gpuconv.backends.numba_cpu.copies import compiled, rows
 from gpuconv.backends.numba_cpu.microkernel import TILES, tile
@@ -56,10 +55,7 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
 
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose the blocks."""
-    if problem.op == "input_grad":
-        # With a stride, the gradient's only phase writes every s-th pixel, which the strips do.
-        return phases.plan(lambda part: _plan(part, target, limit), problem)
-    return _plan(problem, target, limit)
+    return dense.plan(_plan, problem, target, limit)
 
 
 def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
@@ -104,16 +100,11 @@ pack = strip.pack
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
     """Write the convolution, or the input gradient, of NumPy operands into ``out``."""
-    if plan.problem.op == "input_grad":
-        phases.run(_run, plan, operands, out)
-    else:
-        _run(plan, operands, out)
+    dense.run(_run, plan, operands, out)
 
 
 def _run(plan: Plan, operands: Operands, out: Any) -> None:
-    x = operands.x
-    bound = Bound(plan, x, operands.k if operands.packed is None else None, out)
-    bound(x, operands.k, operands.packed, operands.bias, out)
+    dense.once(Bound, plan, operands, out)
 
 
 class Bound:

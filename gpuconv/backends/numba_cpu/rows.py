@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from gpuconv import schedule
-from gpuconv.backends import phases
 from gpuconv.backends.numba_cpu import axes, dense, runtime, strip
 from gpuconv.backends.numba_cpu.axes import Axis
 from gpuconv.backends.numba_cpu.copies import compiled, rows
@@ -79,9 +78,7 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
 
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose tiles, windows and strips."""
-    if problem.op == "input_grad":
-        return phases.plan(lambda part: _plan(part, target, limit), problem)
-    return _plan(problem, target, limit)
+    return dense.plan(_plan, problem, target, limit)
 
 
 def passes_of(down: Axis, KH: int, KW: int) -> list[tuple[int, int, int, int, int, list[int]]]:
@@ -226,15 +223,11 @@ def _converted(k: Any, lanes: Lanes) -> Any:
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
     """Write the convolution, or the input gradient, of NumPy operands into ``out``."""
-    if plan.problem.op == "input_grad":
-        phases.run(_run, plan, operands, out)
-    else:
-        _run(plan, operands, out)
+    dense.run(_run, plan, operands, out)
 
 
 def _run(plan: Plan, operands: Operands, out: Any) -> None:
-    x, whole = operands.x, operands.packed is None
-    Bound(plan, x, operands.k if whole else None, out)(x, operands.k, operands.packed, operands.bias, out)
+    dense.once(Bound, plan, operands, out)
 
 
 class Bound:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from gpuconv import schedule
-from gpuconv.backends import phases
 from gpuconv.backends.numba_cpu import axes, dense, runtime, weights
 from gpuconv.backends.numba_cpu.copies import compiled, rows
 from gpuconv.backends.numba_cpu.microkernel import BLOCK, TILES, tile
@@ -59,9 +58,7 @@ END = runtime.ARRAYS + 44
 
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose the strips."""
-    if problem.op == "input_grad":
-        return phases.plan(lambda part: _plan(part, target, limit), problem)
-    return _plan(problem, target, limit)
+    return dense.plan(_plan, problem, target, limit)
 
 
 @dataclass(frozen=True)
@@ -266,17 +263,11 @@ def packing(plan: Plan, k: Any) -> weights.Packing:
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
     """Write the convolution, or the input gradient, of NumPy operands into ``out``."""
-    if plan.problem.op == "input_grad":
-        phases.run(_run, plan, operands, out)
-    else:
-        _run(plan, operands, out)
+    dense.run(_run, plan, operands, out)
 
 
 def _run(plan: Plan, operands: Operands, out: Any) -> None:
-    x = operands.x
-    Bound(plan, x, operands.k if operands.packed is None else None, out)(
-        x, operands.k, operands.packed, operands.bias, out
-    )
+    dense.once(Bound, plan, operands, out)
 
 
 class Bound:

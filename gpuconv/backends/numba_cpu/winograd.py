@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from gpuconv import schedule
-from gpuconv.backends import phases
 from gpuconv.backends.numba_cpu import dense, runtime, weights, winograd_transforms
 from gpuconv.backends.numba_cpu.copies import compiled, rows
 from gpuconv.backends.numba_cpu.microkernel import TILES, tile
@@ -65,7 +64,7 @@ _STRIP, _SUMMED = 450_000, 128
 
 def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     """Why it cannot run ``problem``."""
-    reasons = []
+    reasons = dense.unsupported(problem, target)
     if (problem.KH, problem.KW) != (3, 3) or problem.stride != (1, 1) or problem.dilation != (1, 1):
         reasons.append("it is for 3×3 kernels without stride and dilation")
     if {problem.x_dtype, problem.k_dtype, problem.y_dtype} != {"float32"}:
@@ -81,9 +80,7 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
 
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose the strips."""
-    if problem.op == "input_grad":
-        return phases.plan(lambda part: _plan(part, target, limit), problem)
-    return _plan(problem, target, limit)
+    return dense.plan(_plan, problem, target, limit)
 
 
 def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
@@ -258,16 +255,11 @@ def _panel(lanes: Lanes) -> Any:
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
     """Write the convolution, or the input gradient, of NumPy operands into ``out``."""
-    if plan.problem.op == "input_grad":
-        phases.run(_run, plan, operands, out)
-    else:
-        _run(plan, operands, out)
+    dense.run(_run, plan, operands, out)
 
 
 def _run(plan: Plan, operands: Operands, out: Any) -> None:
-    x = operands.x
-    bound = Bound(plan, x, operands.k if operands.packed is None else None, out)
-    bound(x, operands.k, operands.packed, operands.bias, out)
+    dense.once(Bound, plan, operands, out)
 
 
 class Bound:
