@@ -200,7 +200,7 @@ class OpenCV(Peer):
 
 
 class Torch(Peer):
-    """PyTorch on the CPU, with oneDNN and with its own kernels."""
+    """PyTorch on the CPU as it is called: weights as they are, with oneDNN or with its own kernels."""
 
     library = "torch"
     install = "torch"
@@ -216,25 +216,55 @@ class Torch(Peer):
     def contenders(self, problem: Conv2dProblem, given: Arrays, threads: int) -> Iterator[Contender]:
         import torch
 
-        def activate(onednn: bool) -> None:
-            torch.set_num_threads(threads)
-            torch.set_grad_enabled(False)
-            torch.backends.mkldnn.set_flags(onednn)
-
-        x, k, bias = tensors(problem, given, "cpu")
-        # Channels-last data bring channels-last weights with them: oneDNN then reorders neither.
-        k = k.contiguous(memory_format=torch.channels_last) if problem.layout == "NHWC" else k
+        x, k, bias, layout = _in_layout(problem, given)
         call = convolution(problem, x, k, bias)
-        layout = "channels_last" if problem.layout == "NHWC" else "contiguous"
         if torch.backends.mkldnn.is_available():
-            yield Contender(f"oneDNN, {layout}", call, from_tensor, threads, partial(activate, True))
-            if hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight") and problem.x_dtype in ("float32", "bfloat16"):
-                call_ahead = reordered_ahead(problem, x, k, bias)
-                name = f"oneDNN, {layout}, weights reordered ahead"
-                yield Contender(name, call_ahead, from_tensor, threads, partial(activate, True))
+            yield Contender(f"oneDNN, {layout}", call, from_tensor, threads, partial(_activate_torch, threads, True))
         # Its own kernels write out a matrix of all windows. Past a gigabyte they were far behind on every layer.
         if problem.products * problem.OH * problem.OW * given.x.itemsize <= 2**30:
-            yield Contender(f"without oneDNN, {layout}", call, from_tensor, threads, partial(activate, False))
+            activate = partial(_activate_torch, threads, False)
+            yield Contender(f"without oneDNN, {layout}", call, from_tensor, threads, activate)
+
+
+class TorchAhead(Torch):
+    """PyTorch with weights in oneDNN's own order, made ahead: what a ``Conv2d`` is to ``conv2d``."""
+
+    def unsupported(self, problem: Conv2dProblem) -> list[str]:
+        import torch
+
+        reasons = super().unsupported(problem)
+        if problem.x_dtype not in ("float32", "bfloat16"):
+            reasons.append("it reorders weights of float32 and bfloat16 only")
+        if not torch.backends.mkldnn.is_available() or not hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight"):
+            reasons.append("this PyTorch has no oneDNN")
+        return reasons
+
+    def contenders(self, problem: Conv2dProblem, given: Arrays, threads: int) -> Iterator[Contender]:
+        x, k, bias, layout = _in_layout(problem, given)
+        call, activate = reordered_ahead(problem, x, k, bias), partial(_activate_torch, threads, True)
+        yield Contender(f"oneDNN, {layout}, weights reordered ahead", call, from_tensor, threads, activate)
+        # oneDNN is often as fast, and at times faster, when it reorders by itself.
+        call = convolution(problem, x, k, bias)
+        yield Contender(f"oneDNN, {layout}", call, from_tensor, threads, activate)
+
+
+def _in_layout(problem: Conv2dProblem, given: Arrays) -> tuple[Any, Any, Any, str]:
+    """Operands as tensors, and the name of their memory format."""
+    import torch
+
+    x, k, bias = tensors(problem, given, "cpu")
+    if problem.layout != "NHWC":
+        return x, k, bias, "contiguous"
+    # Channels-last data bring channels-last weights with them: oneDNN then reorders neither.
+    return x, k.contiguous(memory_format=torch.channels_last), bias, "channels_last"
+
+
+def _activate_torch(threads: int, onednn: bool) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    torch.backends.mkldnn.set_flags(onednn)
 
 
 class OnnxRuntime(Peer):
@@ -305,7 +335,9 @@ def _onnx_model(problem: Conv2dProblem, given: Arrays) -> bytes:
     return model.SerializeToString()
 
 
-PEERS: dict[str, Peer] = {"torch": Torch(), "onnxruntime": OnnxRuntime(), "opencv": OpenCV(), "scipy": SciPy()}
+PEERS: dict[str, Peer] = {
+    "torch": Torch(), "torch-ahead": TorchAhead(), "onnxruntime": OnnxRuntime(), "opencv": OpenCV(), "scipy": SciPy(),
+}  # fmt: skip
 
 
 def from_tensor(y: Any) -> np.ndarray:
