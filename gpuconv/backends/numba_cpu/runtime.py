@@ -20,8 +20,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, prange
 from numba.core import cgutils, types
-from numba.core.ccallback import _CFuncCompiler
-from numba.core.compiler import Compiler
+from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
@@ -223,11 +222,12 @@ def _machine_code(name: str, make: Callable[[], Callable[..., None]]) -> int:
     # What is on disk is loaded without ``make``, which compiles the functions that a kernel calls.
     kept = cache.load_overload(None, cpu_target.target_context)
     if kept is None:
-        arguments, result = _SIGNATURE
-        compiler = _CFuncCompiler(alone(make()), cpu_target, {"error_model": "numpy"}, {}, Compiler)
-        kept = compiler.compile(arguments, result)
-        cache.save_overload(None, kept)
+        function: Any = CFunc(alone(make()), _SIGNATURE, {}, {"error_model": "numpy"})
+        function._cache = cache
+        function.compile()
         compiled.append(name)
+        _kept.append(function)
+        return int(function.address)
     _kept.append(kept)
     return int(kept.library.get_pointer_to_function(kept.fndesc.llvm_cfunc_wrapper_name))
 
