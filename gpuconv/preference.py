@@ -41,6 +41,13 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
             not first and outputs >= 8 and problem.sum_dtype == problem.x_dtype == problem.y_dtype,
             "channels last: output channels in the lanes of a register",
         ),
+        (
+            "numba_cpu.pixels",
+            first
+            and problem.sum_dtype == problem.x_dtype == problem.y_dtype
+            and _turned(channels, outputs, taps, pixels),
+            "many channels on small planes: output channels in the lanes of a register",
+        ),
         ("numba_cpu.pointwise", first and taps == 1, "1×1: a matrix product with x itself"),
         # 7×7, 32 images: 0.66 of PyTorch's speed in strips, 0.89 merged.
         (
@@ -50,6 +57,19 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
         ),
         ("numba_cpu.strip", True, "the general compiled convolution"),
     ]
+
+
+def _turned(channels: int, outputs: int, taps: int, pixels: int) -> bool:
+    # Channels-first images are turned over, block by block, for numba_cpu.pixels. Against the best of the others,
+    # weights as they are / prepared:
+    #   3×3: 512 to 512 channels at 7² 0.9 / 1.65, at 14² 1.06 / 1.23, at 28² 0.98 / 1.02    256 to 256, 14² 1.06 / 1.20
+    #        64 to 64 at 14² 0.91 / 1.18, at 56² 0.99 / 1.01, at 112² 0.98 / 0.99    64 to 16, 28² 0.77 / 0.83
+    #   3×3, stride 2: 128 to 128 at 28² 1.10 / 1.14    5×5: 192 to 32 at 28² 1.17 / 1.05
+    #   1×1: 512 to 2048 at 7² 1.17 / 1.35, 2048 to 512 1.18 / 1.32    256 to 256 at 28² 1.04 / 1.05
+    #        64 to 256 at 28² 0.94 / 0.96, at 56² 0.89 / 0.89    24 to 144 at 28² 0.81 / 0.80
+    # Panels of one register's outputs, and outputs that leave much of a panel empty, are not worth it.
+    filled = outputs >= 32 and outputs % 32 in (0, *range(28, 32))
+    return filled and pixels <= 784 and channels * outputs * taps >= (1 << 15 if taps == 1 else 100_000)
 
 
 # Winograd's tile.

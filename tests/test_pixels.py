@@ -1,4 +1,6 @@
-"""Images whose channels lie side by side on the CPU: dense and depthwise, with guard bands, on vectors of any width."""
+"""Output channels in the lanes on the CPU: images of both layouts, dense and depthwise, with guard bands, on vectors of
+any width.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +43,17 @@ DENSE = [
     last("taps_not_zero", (1, 6, 5, 128), (50, 128, 2, 2), padding=1, padding_value=3),
     last("no_tap_for_all", (1, 2, 2, 128), (50, 128, 2, 2), padding=3),
 ]
+
+
+def first(case: Case) -> Case:
+    """The same with its channels first."""
+    N, H, W, C = case.x_shape
+    return Case(f"{case.name}_first", (N, C, H, W), case.k_shape, case.kwargs | {"layout": "NCHW"}, case.bias)
+
+
+# Planes of fewer, of as many and of more pixels than a register has lanes, with rows that follow each other or do not.
+DENSE += [*map(first, DENSE), first(last("square", (3, 4, 4, 33), (64, 33, 1, 1))),
+          first(last("taps_row", (2, 1, 14, 128), (33, 128, 3, 3), padding=1))]  # fmt: skip
 DEPTHWISE = [
     last("tiles", (2, 9, 16, 35), (35, 1, 3, 3), True, padding=1, groups=35, activation="relu"),
     last("one_tile", (1, 7, 7, 32), (32, 1, 3, 3), padding=1, groups=32),
@@ -63,7 +76,9 @@ def convolved(module: Any, x: Any, k: Any, bias: Any = None, out: Any = None, th
     assert module.unsupported(problem, target) == []
     plan = module.plan(problem, target, limit)
     assert plan.workspace <= limit
-    y = np.empty((problem.N, problem.OH, problem.OW, problem.O), x.dtype) if out is None else out
+    N, O, OH, OW = problem.y_shape
+    shape = (N, OH, OW, O) if problem.layout == "NHWC" else (N, O, OH, OW)
+    y = np.empty(shape, x.dtype) if out is None else out
     operands = protocol.Operands(request.view(problem, 0, x), request.view(problem, 1, k), bias)
     operands.packed = module.pack(plan, operands) if packed else None
     module.run(plan, operands, request.view(problem, 2, y))
@@ -122,9 +137,11 @@ def test_same_bits(module, case):
     apart = np.full((*x.shape[:3], 2 * x.shape[3] + 1), np.nan, x.dtype)[:, ::-1, :, 1::2]
     apart[...] = x
     into = np.full((*y.shape[:3], 3 * y.shape[3]), np.nan, x.dtype)[..., ::3]
+    other = np.ascontiguousarray(x.transpose(3, 2, 1, 0)).transpose(3, 2, 1, 0)
     turned = np.ascontiguousarray(k.transpose(2, 3, 1, 0)).transpose(3, 2, 0, 1)
     assert np.array_equal(convolved(module, apart, turned, bias, into, **case.kwargs), y)
     assert np.isnan(into.base[..., 1::3]).all()
+    assert convolved(module, other, k, bias, **case.kwargs).tobytes() == y.tobytes()
     least = _least(module, case)
     assert convolved(module, x, k, bias, limit=least, **case.kwargs).tobytes() == y.tobytes()
 
@@ -176,8 +193,8 @@ def test_input_gradient():
 
 def test_refusals():
     target = protocol.Target("cpu")
-    first = problems.Conv2dProblem.of((1, 8, 9, 9), (8, 8, 3, 3))
-    assert any("NHWC" in reason for reason in pixels.unsupported(first, target))
+    depthwise = problems.Conv2dProblem.of((1, 8, 9, 9), (8, 1, 3, 3), groups=8)
+    assert any("NHWC" in reason for reason in channels.unsupported(depthwise, target))
     reflecting = problems.Conv2dProblem.of(
         (1, 9, 9, 8), (8, 1, 3, 3), padding=1, padding_mode="reflect", groups=8, **LAST
     )

@@ -24,10 +24,11 @@ import numpy as np
 
 from gpuconv import schedule
 from gpuconv.backends import phases
-from gpuconv.backends.numba_cpu import dense, pixels_kernel, pixels_work, runtime
+from gpuconv.backends.numba_cpu import dense, pixels_kernel, pixels_work, runtime, strip
 from gpuconv.backends.numba_cpu.microkernel import BLOCK
 from gpuconv.backends.numba_cpu.pixels_kernel import PIXELS, vectors_of
 from gpuconv.backends.numba_cpu.pixels_work import IN_PLACE, STRIPS, TAPS
+from gpuconv.backends.numba_cpu.turns import BUFFER
 from gpuconv.backends.numba_cpu.vectors import Lanes
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
@@ -46,6 +47,7 @@ _CACHED = (1 << 16, 1 << 20)
 _INPUTS = 800 << 10  # bytes of a strip's copy of x
 _PRODUCTS = 1024  # of a panel of weights at once, where they do not stay in the cache
 _PIXELS = 1024  # of a unit
+_COPIED = 640 << 10  # bytes of the copies of a unit
 _LEAST_OUTPUTS = 8  # per group
 _ALONE = 1 << 19  # products below which starting threads costs more than it gives
 
@@ -53,8 +55,6 @@ _ALONE = 1 << 19  # products below which starting threads costs more than it giv
 def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     """Why it cannot run ``problem``."""
     reasons = dense.unsupported(problem, target)
-    if problem.layout != "NHWC":
-        reasons.append("it is for channels that lie side by side; pass layout='NHWC' with such arrays")
     if problem.padding_mode != "constant":
         reasons.append(f"it pads with constants only, not {problem.padding_mode!r}")
     if problem.result_channels // problem.groups < _LEAST_OUTPUTS and problem.groups > 1:
@@ -150,21 +150,24 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         few = True
     shares = threads if few and way != STRIPS and panels % threads == 0 else 1
     lists = len(taps) if way == TAPS else 1
+    summed = panels * width if inside else width  # outputs that a copy of y has at once
+    # A kernel row of a strip lies side by side; copied pixels of many channels otherwise must not share cache places.
+    pixel = channels if way == STRIPS else strip.odd_lines(channels, lanes)
 
     def sizes(images: int, high: int, wide: int) -> tuple[int, int, int, int]:
         """Pixels of a unit, elements of a row of its copy of x, of the copy, of the sums."""
         if way == STRIPS:
             pitch = ((wide - 1) * problem.stride[1] + (problem.KW - 1) * problem.dilation[1] + 1) * channels
             spanned = (high - 1) * problem.stride[0] + (problem.KH - 1) * problem.dilation[0] + 1
-            return high * wide, pitch, pitch * spanned, high * wide * panels * width
+            return high * wide, pitch, pitch * spanned, high * wide * summed
         if way == TAPS:
-            held = images * problem.H * problem.W * channels
-            return images * plane, problem.W * channels, held, images * plane * panels * width
-        return wide, channels, wide * channels, wide * panels * width
+            held = images * problem.H * problem.W * pixel
+            return images * plane, problem.W * pixel, held, images * plane * summed
+        return wide, pixel, wide * pixel, wide * summed
 
     def per_thread(*unit: int) -> int:
         count, _, inputs, sums = sizes(*unit)
-        return (inputs + sums) * lanes.size + 8 * (count * (2 * lists + 3) + lists) + 4 * 64
+        return (inputs + sums) * lanes.size + 8 * (count * (2 * lists + 3) + lists) + BUFFER + 4 * 64
 
     runs_most = len(taps) * (1 + channels // BLOCK) * (1 + problem.KW)
 
@@ -173,7 +176,10 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
 
     what = f"{NAME} on {problem}"
     if way == IN_PLACE:
-        _, _, most = schedule.fit((1, 1, min(total, _PIXELS)), scratch, limit, what)
+        held = _PIXELS
+        if problem.layout == "NCHW":  # pixels are copied, and so are their sums
+            held = max(_COPIED // ((channels + summed) * lanes.size), 2 * MP)
+        _, _, most = schedule.fit((1, 1, min(total, held)), scratch, limit, what)
         units = -(-total // max(most, 1))
         units = -(-units // threads) * threads if shares == 1 else units
         even = -(-total // max(units, 1))
@@ -191,11 +197,11 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     entries = [
         problem.N, groups, channels, outputs, problem.H, problem.W, problem.OH, problem.OW, problem.KH, problem.KW,
         problem.padding[0][0], problem.padding[1][0], *problem.stride, *problem.dilation, way, *unit, count, shares,
-        inside, len(stages), kept["stages"].ctypes.data, kept["runs"].ctypes.data, pitch, inputs, sums, lists,
+        inside, len(stages), kept["stages"].ctypes.data, kept["runs"].ctypes.data, pixel, pitch, inputs, sums, lists,
     ]  # fmt: skip
     detail = f"{_WAYS[way]}, {count} pixels at a time, tiles of {MP} pixels × {width} channels, {lanes}"
     config = {"lanes": lanes, "vectors": vectors, "entries": entries, "kept": kept, "threads": threads,
-              "padded": panels * width, "way": way, "tables": 8 * (count * (2 * lists + 3) + lists),
+              "padded": panels * width, "way": way, "tables": 8 * (count * (2 * lists + 3) + lists) + BUFFER,
               "inputs": inputs * lanes.size, "sums": sums * lanes.size}  # fmt: skip
     return Plan(problem, scratch(*unit), lanes.dtype, detail, config)
 

@@ -8,7 +8,8 @@ from typing import Any
 from gpuconv.backends.numba_cpu import runtime
 from gpuconv.backends.numba_cpu.copies import compiled, rows
 from gpuconv.backends.numba_cpu.pixels_kernel import PIXELS, put, tile, zeros
-from gpuconv.backends.numba_cpu.vectors import Lanes, get
+from gpuconv.backends.numba_cpu.turns import BUFFER, turns
+from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes, get
 
 IN_PLACE, STRIPS, TAPS = range(3)
 
@@ -20,44 +21,52 @@ X, WEIGHTS, Y, SCRATCH, FINISH, FILL = range(runtime.ARRAYS)
     N, G, C, O, H, W, OH, OW, KH, KW, TOP, LEFT, DOWN, ACROSS, STEP_DOWN, STEP_ACROSS,  # strides, dilations
     WAY, IMAGES, HIGH, WIDE, COUNT, SHARES,  # a unit: images, output rows and columns, pixels; shares of the panels
     INSIDE, STAGES, STAGE_TABLE, RUN_TABLE,  # whether weights are the inner loop
-    PITCH, INPUTS, SUMS, LISTS, PER_THREAD,  # elements of a copied row, of the copies; lists of pixels; bytes in all
-) = range(runtime.ARRAYS, runtime.ARRAYS + 43)  # fmt: skip
+    PIXEL, PITCH, INPUTS, SUMS,  # elements of a copied pixel, of a row, of the copies
+    LISTS, PER_THREAD,  # lists of pixels; bytes in all
+) = range(runtime.ARRAYS, runtime.ARRAYS + 44)  # fmt: skip
 
 
 def _copier(lanes: Lanes, stored: str) -> Any:
     """A function that copies a window of an image, with what lies outside: copy(arguments, to, pitch, image, top, high,
-    left, wide).
+    left, wide, buffer).
     """
-    size = lanes.size
+    size, stored_size = lanes.size, SIZE[stored]
     read, _, fill = rows(lanes, stored)
+    gather, _ = turns(lanes, stored)
 
     @compiled
-    def copy(arguments, to, pitch, image, top, high, left, wide):
+    def copy(arguments, to, pitch, image, top, high, left, wide, buffer):
         H_, W_, C_, constant = get(arguments, H), get(arguments, W), get(arguments, C), get(arguments, FILL)
-        sxc, sxw = get(arguments, SXC), get(arguments, SXW)
+        sxc, sxw, pixel = get(arguments, SXC), get(arguments, SXW), get(arguments, PIXEL)
         start = min(max(-left, 0), wide)
         stop = min(max(W_ - left, start), wide)
-        one = sxc * C_ == sxw  # all channels of all pixels have one step
+        one = sxc * C_ == sxw and pixel == C_  # all channels of all pixels have one step
+        if sxc != stored_size and get(arguments, SXH) == W_ * sxw and pitch == W_ * pixel:
+            if start == 0 and stop == wide and wide == W_ and top >= 0 and top + high <= H_:  # one run of pixels
+                gather(to, pixel, image + top * get(arguments, SXH), C_, high * W_, sxc, sxw, buffer)
+                return
         for row in range(high):
             line = to + row * pitch * size
             if top + row < 0 or top + row >= H_ or start == stop:
-                fill(line, constant, wide * C_)
+                fill(line, constant, wide * pixel)
             else:
-                fill(line, constant, start * C_)
-                fill(line + stop * C_ * size, constant, (wide - stop) * C_)
+                fill(line, constant, start * pixel)
+                fill(line + stop * pixel * size, constant, (wide - stop) * pixel)
                 source = image + (top + row) * get(arguments, SXH) + (left + start) * sxw
                 if one:
-                    read(line + start * C_ * size, source, (stop - start) * C_, sxc)
-                else:
+                    read(line + start * pixel * size, source, (stop - start) * C_, sxc)
+                elif sxc == stored_size:
                     for column in range(start, stop):
-                        read(line + column * C_ * size, source, C_, sxc)
+                        read(line + column * pixel * size, source, C_, sxc)
                         source += sxw
+                else:
+                    gather(line + start * pixel * size, pixel, source, C_, stop - start, sxc, sxw, buffer)
 
     return copy
 
 
 def _multiplier(lanes: Lanes, vectors: int) -> Any:
-    """A function that multiplies listed pixels with panels [o0, o1) of weights."""
+    """A function that multiplies listed pixels with panels [o0, o1) of weights; up to ``end`` others follow."""
     size, width, most = lanes.size, vectors * lanes.count, PIXELS[lanes.bits][vectors]
     half, line = most // 2, 64 // lanes.size
     # A few pixels less than a tile are made of smaller tiles.
@@ -65,7 +74,7 @@ def _multiplier(lanes: Lanes, vectors: int) -> Any:
     zero = zeros(lanes, vectors)
 
     @compiled
-    def multiply(arguments, g, o0, o1, count, x, y, px, py, counts, lists):
+    def multiply(arguments, g, o0, o1, end, count, x, y, px, py, counts, lists):
         O_, stages, inside = get(arguments, O), get(arguments, STAGES), get(arguments, INSIDE)
         stage_table, run_table, by_taps = get(arguments, STAGE_TABLE), get(arguments, RUN_TABLE), lists != 0
         products = get(arguments, C) * get(arguments, KH) * get(arguments, KW)
@@ -89,7 +98,7 @@ def _multiplier(lanes: Lanes, vectors: int) -> Any:
                         stop = get(counts, s)
                         i, j = lists + 16 * count * s, lists + 8 * count * (2 * s + 1)
                     rate, following = 0, a
-                    if inside == 0 and (s + 1 < stages or o + 1 < o1):
+                    if inside == 0 and (s + 1 < stages or o + 1 < end):
                         # What comes next, fetched evenly over the tiles of this stage.
                         if s + 1 < stages:
                             following = weights + size * width * (o * products + get(stage, 10))
@@ -126,18 +135,19 @@ def _multiplier(lanes: Lanes, vectors: int) -> Any:
 
 def _lister(lanes: Lanes, stored: str) -> Any:
     """A function that lists the pixels of a unit and copies what they read: how many they are, and where x is."""
-    size = lanes.size
+    size, stored_size = lanes.size, SIZE[stored]
     copy = _copier(lanes, stored)
     read, _, _ = rows(lanes, stored)
+    gather, _ = turns(lanes, stored)
 
     @compiled
-    def listed(arguments, unit, g, px, py, targets, counts, lists, copied, pitch_y):
+    def listed(arguments, unit, g, px, py, targets, counts, lists, copied, pitch_y, buffer):
         way, C_, copy_x, copy_y = get(arguments, WAY), get(arguments, C), get(arguments, COPY_X), get(arguments, COPY_Y)
         OH_, OW_, down, across = get(arguments, OH), get(arguments, OW), get(arguments, DOWN), get(arguments, ACROSS)
         H_, W_, top, left = get(arguments, H), get(arguments, W), get(arguments, TOP), get(arguments, LEFT)
         step_down, step_across = get(arguments, STEP_DOWN), get(arguments, STEP_ACROSS)
         sxn, sxh, sxw, pitch = get(arguments, SXN), get(arguments, SXH), get(arguments, SXW), get(arguments, PITCH)
-        syn, syh, syw = get(arguments, SYN), get(arguments, SYH), get(arguments, SYW)
+        syn, syh, syw, pixel = get(arguments, SYN), get(arguments, SYH), get(arguments, SYW), get(arguments, PIXEL)
         image = get(arguments, X) + g * get(arguments, SXG)
         x = copied if copy_x else image
         high, wide = get(arguments, HIGH), get(arguments, WIDE)
@@ -158,9 +168,9 @@ def _lister(lanes: Lanes, stored: str) -> Any:
             copy(
                 arguments, copied, pitch, image + n * sxn, i * down - top,
                 (high - 1) * down + (get(arguments, KH) - 1) * step_down + 1, j0 * across - left,
-                (wide - 1) * across + (get(arguments, KW) - 1) * step_across + 1,
+                (wide - 1) * across + (get(arguments, KW) - 1) * step_across + 1, buffer,
             )  # fmt: skip
-            to_n, to_i, to_j = 0, size * down * pitch, size * across * C_
+            to_n, to_i, to_j = 0, size * down * pitch, size * across * pixel
             at = -i * to_i - j0 * to_j
         else:
             n = unit * get(arguments, IMAGES)
@@ -171,18 +181,31 @@ def _lister(lanes: Lanes, stored: str) -> Any:
             x_n, x_h, x_w = sxn // size, sxh // size, sxw // size
             if copy_x:
                 for m in range(images):
-                    copy(arguments, copied + size * m * H_ * pitch, pitch, image + (n + m) * sxn, 0, H_, 0, W_)
-                x_n, x_h, x_w = H_ * pitch, pitch, C_
+                    copy(arguments, copied + size * m * H_ * pitch, pitch, image + (n + m) * sxn, 0, H_, 0, W_, buffer)
+                x_n, x_h, x_w = H_ * pitch, pitch, pixel
             else:
                 x += n * sxn
+        ready = 0
         for q in range(count):
             target = n * syn + i * syh + j * syw
             put(targets, q, target)
             put(py, q, q * pitch_y if copy_y else target // size)
             source = at + n * to_n + i * to_i + j * to_j
             if way == IN_PLACE and copy_x:
-                read(copied + size * q * C_, image + source, C_, get(arguments, SXC))
-                source = size * q * C_
+                # A run of pixels at equal steps: the rest of a row, or of the plane where rows follow each other.
+                if q == ready:
+                    run = OW_ - j
+                    if across * OW_ == W_ and down == 1 and to_i == OW_ * to_j:
+                        run += (OH_ - 1 - i) * OW_
+                    run = min(run, count - q)
+                    ready = q + run
+                    if get(arguments, SXC) == stored_size:
+                        for u in range(run):
+                            read(copied + size * (q + u) * pixel, image + source + u * to_j, C_, stored_size)
+                    else:
+                        at_q = copied + size * q * pixel
+                        gather(at_q, pixel, image + source, C_, run, get(arguments, SXC), to_j, buffer)
+                source = size * q * pixel
             put(px, q, source // size)
             j += 1
             if j == j1:
@@ -209,10 +232,36 @@ def _lister(lanes: Lanes, stored: str) -> Any:
     return listed
 
 
+def _writer(lanes: Lanes, stored: str) -> Any:
+    """A function that writes sums of listed pixels to y: written(arguments, y, targets, sums, pitch, outputs, count,
+    buffer).
+    """
+    size, stored_size = lanes.size, SIZE[stored]
+    _, write, _ = rows(lanes, stored)
+    _, scatter = turns(lanes, stored)
+
+    @compiled
+    def written(arguments, y, targets, sums, pitch, outputs, count, buffer):
+        syo, syw = get(arguments, SYO), get(arguments, SYW)
+        first = 0
+        while first < count:
+            stop = first + 1
+            if syo == stored_size:
+                write(y + get(targets, first), sums + size * first * pitch, outputs, syo)
+            else:
+                while stop < count and get(targets, stop) - get(targets, stop - 1) == syw:
+                    stop += 1
+                place = y + get(targets, first)
+                scatter(place, pitch, sums + size * first * pitch, outputs, stop - first, syo, syw, buffer)
+            first = stop
+
+    return written
+
+
 def kernel(lanes: Lanes, vectors: int, x_dtype: str, y_dtype: str) -> Callable[..., None]:
     """The kernel: units of work are shared out over the threads."""
     size, width = lanes.size, vectors * lanes.count
-    _, write, _ = rows(lanes, y_dtype)
+    written = _writer(lanes, y_dtype)
     listed, multiply = _lister(lanes, x_dtype), _multiplier(lanes, vectors)
 
     def work(arguments, thread, threads):
@@ -223,8 +272,8 @@ def kernel(lanes: Lanes, vectors: int, x_dtype: str, y_dtype: str) -> Callable[.
         targets = py + 8 * most
         counts = targets + 8 * most
         lists = counts + 8 * get(arguments, LISTS) if get(arguments, WAY) == TAPS else 0
-        copied = counts + 8 * get(arguments, LISTS) * (2 * most + 1)
-        copied = (copied + 63) // 64 * 64
+        buffer = (counts + 8 * get(arguments, LISTS) * (2 * most + 1) + 63) // 64 * 64
+        copied = buffer + BUFFER
         sums = copied
         if get(arguments, COPY_X):
             sums = (copied + size * get(arguments, INPUTS) + 63) // 64 * 64
@@ -242,15 +291,19 @@ def kernel(lanes: Lanes, vectors: int, x_dtype: str, y_dtype: str) -> Callable[.
         for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
             g, share, unit = task // (shares * units), task // units % shares, task % units
             o0, o1 = share * panels // shares, (share + 1) * panels // shares
-            pitch = (o1 - o0) * width
-            count, x = listed(arguments, unit, g, px, py, targets, counts, lists, copied, pitch)
+            # Sums that are copied to y: of a panel at a time, where panels are the outer loop.
+            copy_y, at_once = get(arguments, COPY_Y), o1 - o0
+            if copy_y and get(arguments, INSIDE) == 0:
+                at_once = 1
+            pitch = at_once * width
+            count, x = listed(arguments, unit, g, px, py, targets, counts, lists, copied, pitch, buffer)
             y = get(arguments, Y) + g * get(arguments, SYG)
-            place = sums - size * o0 * width if get(arguments, COPY_Y) else y
-            multiply(arguments, g, o0, o1, count, x, place, px, py, counts, lists)
-            if get(arguments, COPY_Y):
-                present = min(O_, o1 * width) - o0 * width
-                for q in range(count):
-                    target = y + get(targets, q) + o0 * width * get(arguments, SYO)
-                    write(target, sums + size * q * pitch, present, get(arguments, SYO))
+            for o in range(o0, o1, at_once):
+                place = sums - size * o * width if copy_y else y
+                multiply(arguments, g, o, o + at_once, o1, count, x, place, px, py, counts, lists)
+                if copy_y:
+                    present = min(O_ - o * width, pitch)
+                    target = y + o * width * get(arguments, SYO)
+                    written(arguments, target, targets, sums, pitch, present, count, buffer)
 
     return work
