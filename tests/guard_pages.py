@@ -1,9 +1,12 @@
 """A child process in which every array that a compiled kernel is given touches memory that nobody may touch.
 
-``python guard_pages.py FIRST COUNT SECONDS SIDE DTYPES BITS`` runs random problems on the compiled CPU kernels. Operands, bias,
-result, scratch, packed weights and tables end exactly (``SIDE`` end) or begin exactly (begin) at a page without any
-permission, so that an access one byte outside is a segmentation fault. The line of each problem is printed before it
-runs: the last one names what crashed. Answers are compared with ``numpy.reference``, in float64, in units of the bound.
+``python guard_pages.py FIRST COUNT SECONDS SIDE DTYPES BITS`` runs random problems on the compiled CPU kernels. With
+``SIDE`` end or begin, operands, bias, result, scratch, packed weights and tables end or begin exactly at a page without
+any permission, so that an access one byte outside is a segmentation fault. The line of each problem is printed before
+it runs: the last one names what crashed. Answers are compared with ``numpy.reference``, in float64, in units of the
+bound. With ``end!0`` the kernels are given their first array one byte too far, to show that this is found, with
+``begin!2`` their third one byte too early. With ``memory`` nothing is fenced in, and the scratch is compared with what
+the plan announced.
 
 Linux only. What a kernel allocates is placed by standing in for ``np`` in its modules, and by ``Task``, which copies
 what is left.
@@ -115,7 +118,10 @@ class Fence:
 
     def laid(self, values: np.ndarray, form: Form) -> np.ndarray:
         """``values`` in such memory; where a step is 0, the first of them for all."""
-        view, first = self.room(values.shape, values.dtype, form), [slice(1 if step == 0 else None) for step in form.steps]
+        view, first = (
+            self.room(values.shape, values.dtype, form),
+            [slice(1 if step == 0 else None) for step in form.steps],
+        )
         view[tuple(first)] = values[tuple(first)]
         return view
 
@@ -144,6 +150,12 @@ class FencedNumpy:
         return found
 
 
+def moved(array: np.ndarray, by: int) -> np.ndarray:
+    """``array`` as if it began some bytes further."""
+    memory = (ctypes.c_char * array.itemsize).from_address(array.ctypes.data + by)
+    return np.lib.stride_tricks.as_strided(np.frombuffer(memory, array.dtype), array.shape, array.strides)
+
+
 def modules() -> list[Any]:
     folder = Path(numba_cpu.__file__).parent
     return [importlib.import_module(f"{numba_cpu.__name__}.{path.stem}") for path in sorted(folder.glob("[a-z]*.py"))]
@@ -151,6 +163,7 @@ def modules() -> list[Any]:
 
 def fence_in(side: str) -> Fence:
     """From here on this process allocates for kernels inside a fence."""
+    side, _, victim = side.partition("!")
     fence = Fence(side)
     for module in modules():
         if hasattr(module, "np"):
@@ -163,7 +176,10 @@ def fence_in(side: str) -> Fence:
 
     def call(task: Any, *given: Any) -> None:
         # What another function of NumPy made, a conversion for example, is only read.
-        run(task, *(a if a is None or is_fenced(a) else fence.copy(a) for a in given))
+        placed = [a if a is None or is_fenced(a) else fence.copy(a) for a in given]
+        if victim:
+            placed[int(victim)] = moved(placed[int(victim)], 1 if side == "end" else -1)
+        run(task, *placed)
 
     runtime.Task.__call__ = call
     return fence
@@ -356,8 +372,10 @@ def check(case: Case, y: np.ndarray, x: np.ndarray, k: np.ndarray, bias: np.ndar
     answer = Answer(wanted, magnitude, problem.products, bias is not None, y.dtype)
     error, limit = np.abs(y.astype(np.float64) - wanted), units.bound(answer).astype(np.float64)
     wrong = ~(error <= (2 if y.dtype == np.float64 else 1.001) * limit)  # the reference rounds in float64 too
-    where = tuple(int(index) for index in np.argwhere(wrong)[0]) if wrong.any() else ()
-    assert not wrong.any(), f"{wrong.sum()} of {y.size} elements are wrong, first at {where}: {y[where]}, not {wanted[where]}"
+    where = np.unravel_index(np.argmax(wrong), wrong.shape)
+    assert not wrong.any(), (
+        f"{wrong.sum()} of {y.size} elements are wrong, first at {where}: {y[where]}, not {wanted[where]}"
+    )
 
 
 def run(case: Case, fence: Fence) -> None:
@@ -388,10 +406,10 @@ def same_by_call(case: Case, out: np.ndarray, x: np.ndarray, k: np.ndarray, bias
     options = {name: getattr(problem, name) for name in names} | {"backend": case.name}
     layer = gpuconv.Conv2d(k, bias, **options)
     for call in (lambda: gpuconv.conv2d(x, k, bias, **options), lambda: layer(x)):
-        for time in ("first", "second"):
+        for which in ("first", "second"):
             y = call()
             same = y.tobytes() == out.tobytes()
-            assert same, f"the {time} public call gives other bits"
+            assert same, f"the {which} public call gives other bits"
     gpuconv.clear()
 
 
