@@ -62,7 +62,9 @@ def _common(minutes: float) -> Callable[[Callable[..., None]], Callable[..., Non
 
 @main.command()
 @_common(minutes=8)
-@click.option("--peers", "names", type=_Names(), default="torch,torch-ahead,onnxruntime,opencv,scipy", show_default=True)
+@click.option(
+    "--peers", "names", type=_Names(), default="torch,torch-ahead,onnxruntime,opencv,scipy", show_default=True
+)
 @click.option("--threads", type=click.IntRange(1), help="Of gpuconv and of every peer.  [default: all CPUs]")
 @click.option("--quick", is_flag=True, help="A rehearsal for CI: go through all of it with tiny layers; no figures.")
 def cpu(names: tuple[str, ...], threads: int | None, quick: bool, **options: Any) -> None:

@@ -94,7 +94,6 @@ class KernelCache(_Cache):  # type: ignore[misc]
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.hit = False
 
     @property
     def cache_path(self) -> str:
@@ -131,7 +130,6 @@ class KernelCache(_Cache):  # type: ignore[misc]
             return None
         except Exception:  # a file cut short, or of another making: compile anew, and replace it
             return None
-        self.hit = True
         return result
 
     def save_overload(self, sig: Any, data: Any) -> None:

@@ -21,6 +21,8 @@ from llvmlite import ir
 from numba import njit, prange
 from numba.core import cgutils, types
 from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from gpuconv.backends.numba_cpu.kernel_cache import KernelCache, alone
@@ -210,22 +212,30 @@ def kernel(name: str, make: Callable[[], Callable[..., None]]) -> int:
         return found
     with _lock:
         if name not in _kernels:
-            function: Any = CFunc(alone(make()), _SIGNATURE, {}, {"error_model": "numpy"})
-            function._cache = KernelCache(name)
-            function.compile()
-            if not function._cache.hit:
-                compiled.append(name)
-            _kept.append(function)
-            _kernels[name] = function.address
+            _kernels[name] = _machine_code(name, make)
         return _kernels[name]
+
+
+@global_compiler_lock
+def _machine_code(name: str, make: Callable[[], Callable[..., None]]) -> int:
+    cache = KernelCache(name)
+    # What is on disk is loaded without ``make``, which compiles the functions that a kernel calls.
+    kept = cache.load_overload(None, cpu_target.target_context)
+    if kept is None:
+        function: Any = CFunc(alone(make()), _SIGNATURE, {}, {"error_model": "numpy"})
+        function._cache = cache
+        function.compile()
+        compiled.append(name)
+        _kept.append(function)
+        return int(function.address)
+    _kept.append(kept)
+    return int(kept.library.get_pointer_to_function(kept.fndesc.llvm_cfunc_wrapper_name))
 
 
 def is_ready(name: str) -> bool:
     """Whether the kernel ``name`` need not be compiled: it is in memory or in the cache on disk."""
     if name in _kernels:
         return True
-    from numba.core.registry import cpu_target
-
     path = KernelCache(name).path(cpu_target.target_context.codegen())
     return path is not None and path.exists()
 
