@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from running import skip_unless_usable
@@ -152,3 +158,48 @@ def test_results_without_elements_have_a_plan(name, op):
                     target = Target("cpu", None, threads)
                     if not implementation.unsupported(problem, target):
                         assert implementation.plan(problem, target, 1 << 28).workspace >= 0
+
+
+@compiled
+def test_threads_share_a_remembered_call(name):
+    """Nothing that a call writes belongs to what is remembered of it."""
+    for layout, shape in itertools.product(("NCHW", "NHWC"), KERNELS):
+        k = normal(shape, 1)
+        images = [normal((2, 20, 9, 20) if layout == "NCHW" else (2, 9, 20, 20), seed) for seed in range(8)]
+        wanted = [served(name, x, k, layout=layout) for x in images]
+        if wanted[0] is None:
+            continue
+        layer = gpuconv.Conv2d(k, groups=20 // shape[1], layout=layout, precision="high", backend=name)
+        for call in (lambda x, k=k, layout=layout: served(name, x, k, layout=layout), layer):
+            with ThreadPoolExecutor(4) as pool:
+                results = list(pool.map(call, images * 4))
+            assert all(y.tobytes() == w.tobytes() for y, w in zip(results, wanted * 4, strict=True))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "folder"])
+def test_a_damaged_cache_of_kernels_is_replaced(damage, tmp_path):
+    tmp_path.chmod(0o700)
+    code = (
+        "import numpy as np, gpuconv; from gpuconv.backends.numba_cpu import runtime\n"
+        "y = gpuconv.conv2d(np.ones((1, 1, 9, 9), 'f4'), np.ones((4, 1, 3, 3), 'f4'), backend='numba_cpu.strip')\n"
+        "print(int(y.sum()), runtime.compiled)"
+    )
+
+    def said() -> str:
+        environment = os.environ | {"GPUCONV_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-W", "error", "-c", code]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    first = said()
+    assert first.startswith("1764 ['strip")
+    kernels = list(tmp_path.iterdir())
+    for path in kernels:
+        content = path.read_bytes()
+        path.unlink()
+        if damage == "folder":
+            path.mkdir()
+        else:
+            path.write_bytes({"cut": content[:-1], "empty": b"", "noise": content[::-1]}[damage])
+    assert said() == first
+    assert damage == "folder" or said() == "1764 []\n"
