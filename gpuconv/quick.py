@@ -74,9 +74,22 @@ def clear() -> None:
     _ready.clear()
 
 
+# Types whose values their representations tell.
+_TOLD = (bool, float, complex, str, type(None), type, np.generic, np.dtype)
+
+
 def token(value: Any) -> Hashable:
-    """``value`` for a key: 1, True and 1.0 are equal and not the same argument."""
-    return value if type(value) is int else repr(value)
+    """``value`` for a key: 1, True and 1.0 are equal and not the same argument. An object of another type may change
+    while it looks the same, so that what comes back for it cannot be hashed.
+    """
+    if type(value) is int:
+        return value
+    if type(value) in (tuple, list):
+        return tuple(map(token, value))
+    return repr(value) if isinstance(value, _TOLD) else _UNTOLD
+
+
+_UNTOLD: Any = []
 
 
 def of_request(asked: request.Request, choice: dispatch.Choice, keeper: request.Keeper | None) -> Ready | None:

@@ -185,14 +185,17 @@ class Bound:
         lanes = self.lanes
         self.alone = problem.result_size * problem.products < ALONE
         steps = problem.KW * lanes.size, lanes.size
-        # Weights are read in rows of their taps; what is not like that is copied on every call.
-        self.converted = k is not None and (
+        # Weights are read in rows of their taps; what is not like that is copied on every call, as this view of it:
+        # a repeated call has the caller's own array, whose axes may be in another order.
+        self.copied = None
+        if k is not None and (
             k.dtype != lanes.dtype or not k.dtype.isnative or k.strides[3:] != steps or k.strides[0] % lanes.size != 0
-        )
+        ):
+            self.copied = k.shape, k.strides
         table = config["table"].copy()
         table[[SXN, SXC, SXH, SXW]] = x.strides[0], x.strides[1], *x.strides[3:]
         table[[SYN, SYC, SYH, SYW]] = out.strides[0], out.strides[1], *out.strides[3:]
-        table[SKC] = problem.KH * problem.KW * lanes.size if k is None or self.converted else k.strides[0]
+        table[SKC] = problem.KH * problem.KW * lanes.size if k is None or self.copied else k.strides[0]
         table[NEAR_X] = problem.x_dtype == lanes.dtype and _whole(x, lanes.size)
         table[NEAR_Y] = problem.y_dtype == lanes.dtype and _whole(out, lanes.size)
         name, make = kernel_of(problem, lanes)
@@ -212,7 +215,9 @@ class Bound:
     def __call__(self, x: Any, k: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
         """Convolve ``x`` into ``out``."""
         if packed is None:
-            packed = _converted(k, self.lanes.dtype) if self.converted else k
+            packed = k
+            if self.copied is not None:
+                packed = _converted(np.lib.stride_tricks.as_strided(k, *self.copied), self.lanes.dtype)
         finish = self.finish if bias is None else self._finish(bias)
         self.task(x, packed, out, np.empty(self.scratch, self.lanes.dtype), finish, self.fill)
 

@@ -117,8 +117,9 @@ class Bound:
         self.alone = problem.result_size * problem.products < strip.ALONE
         self.elsewhere = None
         steps = out.strides
-        if steps[4] != lanes.size or steps[3] != problem.OW * lanes.size:
-            # The micro-kernel writes whole rows of pixels: a result with gaps is for the strips, which sum alike.
+        if steps[4] != lanes.size or steps[3] != problem.OW * lanes.size or steps[2] % lanes.size:
+            # The micro-kernel writes whole planes of pixels, elements apart: a result with gaps, or with planes that
+            # begin between elements (a field of a structured array), is for the strips, which sum alike.
             self.elsewhere = strip.Bound(strip.plan(problem, config["target"], config["limit"]), x, k, out)
             return
         self.plan, self.rows = plan, TILES[lanes.bits][0]

@@ -102,7 +102,8 @@ class Geometry:
         shared = self.across.shared if wide == problem.OW else 0
         pitch, places = wide + self.across.reach - shared, high + self.down.reach
         channel = odd_lines(self.down.phases * self.across.phases * places * pitch + shared + lanes.count, lanes)
-        ldc = ldc or odd_lines(high * pitch, lanes)
+        # Where padding is wider than what an output reaches, pitch < wide: the last row ends beyond its pitch.
+        ldc = ldc or odd_lines((high - 1) * pitch + max(wide, pitch), lanes)
         panels = -(-outputs // MR)
         inputs = self.kc * channel + (NV + 1) * lanes.count + self.across.reach
         taps = problem.KH * problem.KW

@@ -112,7 +112,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     # One image: the threads share its output channels if it is small, else its strips.
     alone = problem.N * groups % threads > 0
     shared = padded > 0 and alone and down * across <= 240 and padded % (MR * threads) == 0
-    ob = padded // threads if shared else padded
+    ob = padded // threads if shared else max(padded, MR)
     at_once = min(ob, max(1, _WEIGHTS // max(channels, 1) // MR) * MR)
 
     def scratch(high: int, wide: int) -> int:
