@@ -169,10 +169,11 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         count, _, inputs, sums = sizes(*unit)
         return (inputs + sums) * lanes.size + 8 * (count * (2 * lists + 3) + lists) + BUFFER + 4 * 64
 
+    panel = products * width * lanes.size + 64  # a thread's own, packed when it is needed
     runs_most = len(taps) * (1 + channels // BLOCK) * (1 + problem.KW)
 
     def scratch(*unit: int) -> int:
-        return threads * per_thread(*unit) + 2 * packed + 8 * 8 * runs_most + (8 + packed // 4) + 4096
+        return threads * (per_thread(*unit) + panel) + 2 * packed + 8 * 8 * runs_most + (8 + packed // 4) + 4096
 
     what = f"{NAME} on {problem}"
     if way == IN_PLACE:
@@ -184,13 +185,15 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         units = -(-units // threads) * threads if shares == 1 else units
         even = -(-total // max(units, 1))
         unit = (1, 1, max(min(-(-even // MP) * MP, most), 1))
+        units = -(-total // unit[2])
     elif way == TAPS:
         wanted = max(1, min(problem.N, 400 // plane))
         images, _, _ = schedule.fit((wanted, problem.OH, problem.OW), scratch, limit, what)
-        unit = (images, problem.OH, problem.OW)
+        unit, units = (images, problem.OH, problem.OW), -(-problem.N // images)
     else:
         unit = (1, *_strip(problem, schedule.fit((1, problem.OH, problem.OW), scratch, limit, what)[1:],
                            lambda *unit: sizes(1, *unit)[2] * lanes.size, threads))  # fmt: skip
+        units = problem.N * -(-problem.OH // unit[1]) * -(-problem.OW // unit[2])
     count, pitch, inputs, sums = sizes(*unit)
     runs, stages = _runs(way, channels, taps, problem, pitch, inside)
     kept = {"runs": np.array(runs, np.int64), "stages": np.array(_with_taps(stages, taps), np.int64)}
@@ -202,7 +205,9 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     detail = f"{_WAYS[way]}, {count} pixels at a time, tiles of {MP} pixels × {width} channels, {lanes}"
     config = {"lanes": lanes, "vectors": vectors, "entries": entries, "kept": kept, "threads": threads,
               "padded": panels * width, "way": way, "tables": 8 * (count * (2 * lists + 3) + lists) + BUFFER,
-              "inputs": inputs * lanes.size, "sums": sums * lanes.size}  # fmt: skip
+              "inputs": inputs * lanes.size, "sums": sums * lanes.size,
+              # Each panel of weights is used once: a thread packs it just before, in its own cache.
+              "own": panel if units == 1 and not inside else 0}  # fmt: skip
     return Plan(problem, scratch(*unit), lanes.dtype, detail, config)
 
 
@@ -272,25 +277,33 @@ class Bound:
     def __init__(self, plan: Plan, x: Any, k: Any | None, out: Any) -> None:
         """For arrays like ``x``, ``out``, and the weights ``k`` where they are not packed already."""
         problem, config, self.plan = plan.problem, plan.config, plan
-        self.packing = None if k is None else _packing(plan, k)
+        self.packing, places = None, None
+        if k is not None and config["own"] and k.dtype == config["lanes"].dtype and k.dtype.isnative:
+            places = pixels_kernel.places_of(k, config["lanes"])
+        if k is not None and places is None:
+            self.packing = _packing(plan, k)
         self.alone = problem.result_size * problem.products < _ALONE
         self.lanes = config["lanes"]
         self.width = config["vectors"] * self.lanes.count
         copy_x = config["way"] == STRIPS or not _is_direct(x, self.lanes)
         copy_y = not _is_direct(out, self.lanes)
         each = config["tables"] + copy_x * (config["inputs"] + 64) + copy_y * (config["sums"] + 64)
+        raw = (False, 0, 0, 0)
+        if k is not None and places is not None:
+            raw = (True, places.ctypes.data, *k.strides[:2])
+            each += config["own"]
         each = (each + 127) // 64 * 64
         self.scratch = config["threads"] * each + 64
         name, make = kernel_of(problem, self.lanes, config["vectors"])
-        entries = [*x.strides, *out.strides, copy_x, copy_y, *config["entries"], each]
-        self.task = runtime.Task(runtime.kernel(name, make), entries, config["threads"], plan)
+        entries = [*x.strides, *out.strides, copy_x, copy_y, *raw, *config["entries"], each]
+        self.task = runtime.Task(runtime.kernel(name, make), entries, config["threads"], (plan, places))
         self.fill = dense.constant(problem, self.lanes)
         self.finish = dense.finishing(problem, None, config["padded"], self.width, self.lanes)
 
     def __call__(self, x: Any, k: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
         """Convolve ``x`` into ``out``."""
-        if packed is None and self.packing is not None:
-            packed = self.packing(k)
+        if packed is None:
+            packed = k if self.packing is None else self.packing(k)
         finish = self.finish
         if bias is not None:
             finish = dense.finishing(self.plan.problem, bias, self.plan.config["padded"], self.width, self.lanes)

@@ -213,9 +213,38 @@ def _transposed(e: Emitter, to: Value, source: Value, places: Value, ld: Value, 
         body(k)
 
 
-def _packer(lanes: Lanes, vectors: int) -> Callable[..., None]:
+# Products of all outputs of a panel that are turned over before the next: 16 channels of a 3×3 kernel. What is read and
+# written meanwhile lies in few places.
+_TURNED = 144
+
+
+@functools.lru_cache(maxsize=64)
+def packing_of(lanes: Lanes, vectors: int) -> Any:
+    """A function for compiled code: pack(to, source, places, so, present, first, products) packs ``products`` of a
+    panel from ``first`` on. Their weights lie side by side at ``source`` and go to the places listed; from output to
+    output there are ``so`` bytes, and the first ``present`` outputs of the panel exist.
+    """
     size, count, width = lanes.size, lanes.count, vectors * lanes.count
     transposed = routine(f"pixels_panel_{lanes}", lanes, "eetiiii", _transposed)
+
+    @compiled
+    def pack(to, source, places, so, present, first, products):
+        for k in range(first, first + products, _TURNED):
+            length = min(_TURNED, first + products - k)
+            for part in range(vectors):
+                outputs = min(max(present - part * count, 0), count)
+                at = source + size * k
+                if outputs > 0:
+                    at += part * count * so
+                line = to + size * part * count
+                transposed((line, at, places + 8 * k, so // size, length, outputs, width))
+
+    return pack
+
+
+def _packer(lanes: Lanes, vectors: int) -> Callable[..., None]:
+    size, count, width = lanes.size, lanes.count, vectors * lanes.count
+    pack_panel = packing_of(lanes, vectors)
     read, _, _ = rows(lanes, lanes.dtype)
     _, store = scalar(lanes.dtype)
 
@@ -232,22 +261,25 @@ def _packer(lanes: Lanes, vectors: int) -> Callable[..., None]:
                     to += width * size
 
     def pack(arguments, thread, threads):
-        O_, so = get(arguments, O), get(arguments, SO)
+        O_, so, turned = get(arguments, O), get(arguments, SO), get(arguments, TRANSPOSED)
         products = get(arguments, C) * get(arguments, KH) * get(arguments, KW)
-        parts = (O_ + width - 1) // width * vectors
-        tasks = get(arguments, G) * parts
+        panels = (O_ + width - 1) // width
+        # A panel in parts: of products, or of outputs.
+        parts = (products + _TURNED - 1) // _TURNED if turned else vectors
+        tasks = get(arguments, G) * panels * parts
         for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
-            g, part = task // parts, task % parts
-            panel = task // vectors
-            to = get(arguments, PACKED) + size * (panel * products * width + part % vectors * count)
-            present = min(max(O_ - part * count, 0), count)
-            source = get(arguments, K) + g * get(arguments, SG)
-            if present > 0:
-                source += part * count * so
-            if get(arguments, TRANSPOSED):
-                transposed((to, source, get(arguments, PLACES), so // size, products, present, width))
+            g, panel, part = task // (panels * parts), task // parts % panels, task % parts
+            to = get(arguments, PACKED) + size * (g * panels + panel) * products * width
+            source = get(arguments, K) + g * get(arguments, SG) + panel * width * so
+            present = O_ - panel * width
+            if turned:
+                first = part * _TURNED
+                pack_panel(to, source, get(arguments, PLACES), so, present, first, min(_TURNED, products - first))
             else:
-                scattered(arguments, to, source, present)
+                present = min(max(present - part * count, 0), count)
+                if present > 0:
+                    source += part * count * so
+                scattered(arguments, to + size * part * count, source, present)
 
     return pack
 
@@ -255,6 +287,18 @@ def _packer(lanes: Lanes, vectors: int) -> Callable[..., None]:
 def packed_size(groups: int, outputs: int, products: int, width: int) -> int:
     """Elements of the packed weights."""
     return groups * -(-outputs // width) * width * products
+
+
+def places_of(k: Any, lanes: Lanes) -> np.ndarray[Any, Any] | None:
+    """Where each product of weights like ``k`` (G, O, C, KH, KW) is in a panel, in the order in which they lie side by
+    side; None where they do not.
+    """
+    if k.strides[1] % lanes.size or lanes.count == 1:
+        return None
+    order, one = np.arange(k[0, 0].size).reshape(*k.shape[3:], k.shape[2]), k[0, 0]
+    if one.flags.c_contiguous:
+        return np.ascontiguousarray(order.transpose(2, 0, 1))
+    return order if one.transpose(1, 2, 0).flags.c_contiguous else None
 
 
 class Packing:
@@ -266,18 +310,12 @@ class Packing:
         self.lanes, self.count = lanes, packed_size(G_, O_, C_ * KH_ * KW_, vectors * lanes.count)
         self.converted = k.dtype != lanes.dtype or not k.dtype.isnative
         like = np.empty_like(k, lanes.dtype) if self.converted else k
-        order, one = np.arange(C_ * KH_ * KW_).reshape(KH_, KW_, C_), like[0, 0]  # the place of each product
-        known = like.strides[1] % lanes.size == 0 and lanes.count > 1
-        if known and one.flags.c_contiguous:
-            self.places = np.ascontiguousarray(order.transpose(2, 0, 1))
-        elif known and one.transpose(1, 2, 0).flags.c_contiguous:
-            self.places = order
-        else:
-            known, self.places = False, order
+        places = places_of(like, lanes)
+        self.places = np.zeros(1, np.int64) if places is None else places
         # Starting threads costs more than packing little.
         threads = threads if self.count >= 1 << 16 else 1
         kernel = runtime.kernel(f"pixels_weights_{lanes}_{vectors}", lambda: _packer(lanes, vectors))
-        self.task = runtime.Task(kernel, [G_, O_, C_, KH_, KW_, int(known), *like.strides], threads)
+        self.task = runtime.Task(kernel, [G_, O_, C_, KH_, KW_, places is not None, *like.strides], threads)
 
     def __call__(self, k: Any) -> np.ndarray[Any, Any]:
         """The packed form of ``k``."""

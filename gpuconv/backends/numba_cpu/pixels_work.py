@@ -7,7 +7,7 @@ from typing import Any
 
 from gpuconv.backends.numba_cpu import runtime
 from gpuconv.backends.numba_cpu.copies import compiled, rows
-from gpuconv.backends.numba_cpu.pixels_kernel import PIXELS, put, tile, zeros
+from gpuconv.backends.numba_cpu.pixels_kernel import PIXELS, packing_of, put, tile, zeros
 from gpuconv.backends.numba_cpu.turns import BUFFER, turns
 from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes, get
 
@@ -18,12 +18,13 @@ X, WEIGHTS, Y, SCRATCH, FINISH, FILL = range(runtime.ARRAYS)
 (
     SXN, SXG, SXC, SXH, SXW, SYN, SYG, SYO, SYH, SYW,  # steps in bytes
     COPY_X, COPY_Y,  # whether x and y are copied
+    RAW, PLACES, SKG, SKO,  # whether weights are still to be packed; where their products go, and their steps
     N, G, C, O, H, W, OH, OW, KH, KW, TOP, LEFT, DOWN, ACROSS, STEP_DOWN, STEP_ACROSS,  # strides, dilations
     WAY, IMAGES, HIGH, WIDE, COUNT, SHARES,  # a unit: images, output rows and columns, pixels; shares of the panels
     INSIDE, STAGES, STAGE_TABLE, RUN_TABLE,  # whether weights are the inner loop
     PIXEL, PITCH, INPUTS, SUMS,  # elements of a copied pixel, of a row, of the copies
     LISTS, PER_THREAD,  # lists of pixels; bytes in all
-) = range(runtime.ARRAYS, runtime.ARRAYS + 44)  # fmt: skip
+) = range(runtime.ARRAYS, runtime.ARRAYS + 48)  # fmt: skip
 
 
 def _copier(lanes: Lanes, stored: str) -> Any:
@@ -66,7 +67,9 @@ def _copier(lanes: Lanes, stored: str) -> Any:
 
 
 def _multiplier(lanes: Lanes, vectors: int) -> Any:
-    """A function that multiplies listed pixels with panels [o0, o1) of weights; up to ``end`` others follow."""
+    """A function that multiplies listed pixels with panels [o0, o1) of the ``weights`` of a group; up to ``end`` others
+    follow.
+    """
     size, width, most = lanes.size, vectors * lanes.count, PIXELS[lanes.bits][vectors]
     half, line = most // 2, 64 // lanes.size
     # A few pixels less than a tile are made of smaller tiles.
@@ -74,13 +77,12 @@ def _multiplier(lanes: Lanes, vectors: int) -> Any:
     zero = zeros(lanes, vectors)
 
     @compiled
-    def multiply(arguments, g, o0, o1, end, count, x, y, px, py, counts, lists):
+    def multiply(arguments, g, weights, o0, o1, end, count, x, y, px, py, counts, lists):
         O_, stages, inside = get(arguments, O), get(arguments, STAGES), get(arguments, INSIDE)
         stage_table, run_table, by_taps = get(arguments, STAGE_TABLE), get(arguments, RUN_TABLE), lists != 0
         products = get(arguments, C) * get(arguments, KH) * get(arguments, KW)
         padded = (O_ + width - 1) // width * width
         finish = get(arguments, FINISH)
-        weights = get(arguments, WEIGHTS) + size * g * padded * products
         step = most if inside else count
         for start in range(0, count, step):
             for o in range(o0, o1):
@@ -261,7 +263,7 @@ def _writer(lanes: Lanes, stored: str) -> Any:
 def kernel(lanes: Lanes, vectors: int, x_dtype: str, y_dtype: str) -> Callable[..., None]:
     """The kernel: units of work are shared out over the threads."""
     size, width = lanes.size, vectors * lanes.count
-    written = _writer(lanes, y_dtype)
+    written, pack = _writer(lanes, y_dtype), packing_of(lanes, vectors)
     listed, multiply = _lister(lanes, x_dtype), _multiplier(lanes, vectors)
 
     def work(arguments, thread, threads):
@@ -277,6 +279,10 @@ def kernel(lanes: Lanes, vectors: int, x_dtype: str, y_dtype: str) -> Callable[.
         sums = copied
         if get(arguments, COPY_X):
             sums = (copied + size * get(arguments, INPUTS) + 63) // 64 * 64
+        own = sums
+        if get(arguments, COPY_Y):
+            own = (sums + size * get(arguments, SUMS) + 63) // 64 * 64
+        products = get(arguments, C) * get(arguments, KH) * get(arguments, KW)
         shares, G_, O_ = get(arguments, SHARES), get(arguments, G), get(arguments, O)
         panels = (O_ + width - 1) // width
         way = get(arguments, WAY)
@@ -291,16 +297,22 @@ def kernel(lanes: Lanes, vectors: int, x_dtype: str, y_dtype: str) -> Callable[.
         for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
             g, share, unit = task // (shares * units), task // units % shares, task % units
             o0, o1 = share * panels // shares, (share + 1) * panels // shares
-            # Sums that are copied to y: of a panel at a time, where panels are the outer loop.
-            copy_y, at_once = get(arguments, COPY_Y), o1 - o0
-            if copy_y and get(arguments, INSIDE) == 0:
+            # Sums that are copied to y: of a panel at a time, where panels are the outer loop. So are panels packed.
+            copy_y, raw, at_once = get(arguments, COPY_Y), get(arguments, RAW), o1 - o0
+            if raw or (copy_y and get(arguments, INSIDE) == 0):
                 at_once = 1
             pitch = at_once * width
             count, x = listed(arguments, unit, g, px, py, targets, counts, lists, copied, pitch, buffer)
             y = get(arguments, Y) + g * get(arguments, SYG)
+            weights = get(arguments, WEIGHTS) + size * g * panels * width * products
             for o in range(o0, o1, at_once):
+                end = o1
+                if raw:
+                    source = get(arguments, WEIGHTS) + g * get(arguments, SKG) + o * width * get(arguments, SKO)
+                    pack(own, source, get(arguments, PLACES), get(arguments, SKO), O_ - o * width, 0, products)
+                    weights, end = own - size * o * width * products, o + 1
                 place = sums - size * o * width if copy_y else y
-                multiply(arguments, g, o, o + at_once, o1, count, x, place, px, py, counts, lists)
+                multiply(arguments, g, weights, o, o + at_once, end, count, x, place, px, py, counts, lists)
                 if copy_y:
                     present = min(O_ - o * width, pitch)
                     target = y + o * width * get(arguments, SYO)
