@@ -24,6 +24,11 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
     depthwise = channels == outputs == 1 and problem.groups > 1
     return [
         (
+            "numba_cpu.separable",
+            forward and first and channels == 1 and problem.precision != "highest" and min(problem.KH, problem.KW) >= 5,
+            "an outer product of a column and a row at less than the highest precision: one after the other",
+        ),
+        (
             "numba_cpu.winograd",
             problem.precision != "highest" and _winograd(channels, outputs, rows, columns),
             "3×3 at less than the highest precision: fewer multiplications",
