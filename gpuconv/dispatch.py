@@ -36,6 +36,7 @@ TABLE = (
     "numba_cpu.strip",
     "numpy.gemm",
     "numpy.patches",
+    "numpy.fft",
     "numpy.reference",
 )
 
