@@ -21,8 +21,7 @@ _AT_ONCE = 4096
 
 
 def factors(k: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-    """Columns (..., KH) and rows (..., KW), in float32, whose products are the kernels ``k`` (..., KH, KW); None if there
-    are none.
+    """Columns (..., KH) and rows (..., KW), in float32, whose products are the kernels ``k`` (..., KH, KW), or None.
 
     Every product is within ``TOLERANCE`` of its weight, relative to that weight, so that the error of a convolution is
     within the same of ``|x| ∗ |k|`` whatever x is. The column is taken where the row has its largest weight: with what

@@ -33,9 +33,9 @@ DEVICE = "cpu"
 OPS = frozenset(("forward",))
 ARRAYS = "numpy"
 
-# Nanoseconds that a transform takes for each pixel of a tile in the cache and of a larger one, and that a product of
-# two transforms takes, all on one thread. Only their ratios matter.
-_TRANSFORM, _LARGE, _PRODUCT = 2.8, 4.4, 0.3
+# Nanoseconds that a transform takes for each pixel of a tile in the cache and of a larger one, that a product of two
+# transforms takes, and a call of NumPy's, of which a transform is about four and a product two.
+_TRANSFORM, _LARGE, _PRODUCT, _CALL = 2.8, 4.4, 0.6, 3000
 _CACHED = 768 * 768
 # Sizes for which transforms are quick: 2^a, 3·2^a, 5·2^a, 9·2^a and 15·2^a.
 _SIZES = sorted(m << a for m in (1, 3, 5, 9, 15) for a in range(1, 32))
@@ -94,7 +94,8 @@ def _tiles(problem: Conv2dProblem) -> list[Tile]:
         pixels = tile.TH * tile.TW
         count = -(-problem.OH // tile.high) * -(-problem.OW // tile.wide)
         transform = _TRANSFORM if pixels <= _CACHED else _LARGE
-        return count * pixels * ((C + O) * transform + C * O * _PRODUCT) + C * O * pixels * transform
+        both, product = pixels * transform + 4 * _CALL, pixels * _PRODUCT + 2 * _CALL
+        return count * ((C + O) * both + C * O * product) + C * O * both
 
     found = {tile(TH, TW) for TH in lengths(problem.OH, problem.KH) for TW in lengths(problem.OW, problem.KW)}
     return sorted(found, key=lambda tile: (work(tile), tile.TH, tile.TW))
@@ -155,7 +156,9 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
         for g, o in schedule.blocks((problem.groups, problem.O // problem.groups), plan.config["block"]):
             kernels = k if ready else _transformed(tile, k[g, o], spread)
 
-            def one(task: tuple[int, int, tuple[slice, ...]], kernels: Any = kernels, g: slice = g, o: slice = o) -> None:
+            def one(
+                task: tuple[int, int, tuple[slice, ...]], kernels: Any = kernels, g: slice = g, o: slice = o
+            ) -> None:
                 n, h, (i, j) = task
                 scratch = spare.pop() if spare else Scratch(tile, problem.C // problem.groups)
                 _transform_images(problem, tile, index, operands.x[n, h], i, j, scratch)
