@@ -37,8 +37,8 @@ ARRAYS = "numpy"
 # transforms takes, and a call of NumPy's, of which a transform is about four and a product two.
 _TRANSFORM, _LARGE, _PRODUCT, _CALL = 2.8, 4.4, 0.6, 3000
 _CACHED = 768 * 768
-# Sizes for which transforms are quick: 2^a, 3·2^a, 5·2^a, 9·2^a and 15·2^a.
-_SIZES = sorted(m << a for m in (1, 3, 5, 9, 15) for a in range(1, 32))
+# Sizes for which transforms are quick are these times a power of two.
+_FACTORS = (1, 3, 5, 9, 15)
 
 
 def unavailable() -> None:
@@ -83,9 +83,12 @@ def _tiles(problem: Conv2dProblem) -> list[Tile]:
 
     def lengths(outputs: int, taps: int) -> list[int]:
         """Sizes from twice a kernel's up to eight times or what all outputs need, and the least that will do."""
-        enough = next(size for size in _SIZES if size >= outputs + taps - 1)
-        least = next(size for size in _SIZES if size >= taps)
-        return [least, *(size for size in _SIZES if 2 * taps <= size < min(enough, max(8 * taps, 512))), enough]
+        enough, found = _quick(outputs + taps - 1), [_quick(taps)]
+        size = _quick(2 * taps)
+        while size < min(enough, max(8 * taps, 512)):
+            found.append(size)
+            size = _quick(size + 1)
+        return [*found, enough]
 
     def tile(TH: int, TW: int) -> Tile:
         return Tile(TH, TW, min(problem.OH, TH - problem.KH + 1), min(problem.OW, TW - problem.KW + 1))
@@ -99,6 +102,11 @@ def _tiles(problem: Conv2dProblem) -> list[Tile]:
 
     found = {tile(TH, TW) for TH in lengths(problem.OH, problem.KH) for TW in lengths(problem.OW, problem.KW)}
     return sorted(found, key=lambda tile: (work(tile), tile.TH, tile.TW))
+
+
+def _quick(least: int) -> int:
+    """The smallest even size of at least ``least`` for which transforms are quick."""
+    return min(factor << max(1, (-(-least // factor) - 1).bit_length()) for factor in _FACTORS)
 
 
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
@@ -118,7 +126,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         raise schedule.shortage(f"{NAME} on {problem}", least, limit)
     chosen = tile
     block = schedule.fit((groups, O), lambda g, o: scratch(chosen, g, o), limit, f"{NAME} on {problem}")
-    detail = f"tiles of {tile.TH}×{tile.TW} pixels for {tile.high}×{tile.wide} outputs, {block[0] * block[1]} kernels at once"
+    detail = f"tiles of {tile.TH}×{tile.TW} pixels for {tile.high}×{tile.wide} outputs"
     config = {"tile": tile, "block": block, "threads": target.threads}
     return Plan(problem, scratch(tile, *block), "float64", detail, config)
 
@@ -140,7 +148,7 @@ def pack(plan: Plan, operands: Operands) -> Any:
     if not _whole(plan):
         return operands.k
     with _threads(plan) as spread:
-        return _transformed(plan.config["tile"], operands.k, spread)
+        return _transformed(operands.k, _room(plan), spread)
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
@@ -151,15 +159,14 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
     bias = gemm.grouped_bias(plan, operands)
     index = problem.tables()
     places = list(schedule.blocks((problem.OH, problem.OW), (tile.high, tile.wide)))
+    room = None if ready else _room(plan)
     spare: list[Scratch] = []
     with _threads(plan) as spread:
         for g, o in schedule.blocks((problem.groups, problem.O // problem.groups), plan.config["block"]):
-            kernels = k if ready else _transformed(tile, k[g, o], spread)
+            kernels = k if room is None else _transformed(k[g, o], room, spread)
 
-            def one(
-                task: tuple[int, int, tuple[slice, ...]], kernels: Any = kernels, g: slice = g, o: slice = o
-            ) -> None:
-                n, h, (i, j) = task
+            def one(task: Any, kernels: Any = kernels, g: slice = g, o: slice = o) -> None:
+                n, h, (i, j) = task  # an image, a group, and the place of a tile
                 scratch = spare.pop() if spare else Scratch(tile, problem.C // problem.groups)
                 _transform_images(problem, tile, index, operands.x[n, h], i, j, scratch)
                 for which, y in enumerate(out[n, h, o, i, j]):
@@ -209,20 +216,25 @@ def _sums(tile: Tile, kernels: Any, scratch: Scratch) -> Any:
     return np.fft.irfft(sums[: tile.high], tile.TW, out=scratch.real[: tile.high])
 
 
-def _transformed(tile: Tile, k: Any, spread: Spread) -> np.ndarray[Any, Any]:
-    """The conjugate transforms of the kernels k (..., KH, KW)."""
-    KH, KW = k.shape[-2:]
-    transforms = np.empty((*k.shape[:-2], tile.TH, tile.TW // 2 + 1), np.complex128)
+def _room(plan: Plan) -> np.ndarray[Any, Any]:
+    """Memory for the transforms of a block of kernels."""
+    tile, C = plan.config["tile"], plan.problem.C // plan.problem.groups
+    return np.empty((*plan.config["block"], C, tile.TH, tile.TW // 2 + 1), np.complex128)
+
+
+def _transformed(k: Any, room: Any, spread: Spread) -> Any:
+    """The conjugate transforms of the kernels k (g, O, C, KH, KW), in ``room``."""
+    KH, TW = k.shape[3], 2 * (room.shape[4] - 1)
 
     def one(place: tuple[int, ...]) -> None:
-        transform = transforms[place]
+        transform = room[place]
         transform[KH:] = 0
-        np.fft.rfft(k[place].astype(np.float64), tile.TW, out=transform[:KH])
+        np.fft.rfft(k[place].astype(np.float64), TW, out=transform[:KH])
         np.fft.fft(transform, axis=0, out=transform)
         np.conjugate(transform, out=transform)
 
-    spread(one, list(np.ndindex(*k.shape[:-2])))
-    return transforms
+    spread(one, list(np.ndindex(*k.shape[:3])))
+    return room
 
 
 Spread = Callable[[Callable[[Any], None], list[Any]], None]

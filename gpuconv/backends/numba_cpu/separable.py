@@ -169,7 +169,7 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
     }.items():  # fmt: skip
         table[index] = value
     kernel = runtime.kernel(kernel_name(plan), lambda: _kernel(lanes))
-    task = runtime.Task(kernel, table[runtime.ARRAYS :], config["threads"], tables)
+    task = runtime.Task(kernel, table[runtime.ARRAYS :].tolist(), config["threads"], tables)
     finish = dense.finishing(problem, operands.bias, problem.O // problem.groups, 0, lanes)
     scratch = np.empty(config["threads"] * config["each"], lanes.dtype)
     task(x, packed, out, scratch, finish, dense.constant(problem, lanes))
