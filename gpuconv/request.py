@@ -186,9 +186,13 @@ def compute(
     target = dispatch.resolve(call, device, backend, home, stacklevel=4)
     if target.device == "cpu" and any(map(arrays.is_swapped, (request.first, request.second))):
         target = replace(target, swapped=True)
-    by_value = request.second is not None and dispatch.values_matter(problem, target, backend)
+    by_value = dispatch.values_matter(problem, target, backend)
     if by_value:
-        target = replace(target, separable=_kept_separable(request, keeper))
+
+        def made() -> bool:
+            return is_separable(problem, request.second)
+
+        target = replace(target, separable=made() if keeper is None else keeper.kept("separable", made, None))
     choice = dispatch.choose(call, problem, target, backend, limit)
     shortage = ""
     while True:
@@ -209,20 +213,11 @@ def compute(
         choice = smaller
 
 
-def is_separable(problem: Conv2dProblem, kernel: Operand) -> bool:
+def is_separable(problem: Conv2dProblem, kernel: Operand | None) -> bool:
     """Whether ``kernel`` is known to be an outer product of a column and a row: never where a GPU holds it."""
-    return kernel.device is None and separability.factors(view(problem, 1, kernel.array)) is not None
-
-
-def _kept_separable(request: Request, keeper: Keeper | None) -> bool:
-    """``is_separable``, asked once of a kernel that somebody keeps."""
-    kernel = request.second
-    assert kernel is not None
-
-    def made() -> bool:
-        return is_separable(request.problem, kernel)
-
-    return made() if keeper is None else bool(keeper.kept("separable", made, None))
+    if kernel is None or kernel.device is not None:
+        return False
+    return separability.factors(view(problem, 1, kernel.array)) is not None
 
 
 def check_result(call: str, request: Request, out: Any) -> Operand | None:

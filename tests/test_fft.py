@@ -141,6 +141,7 @@ def test_scratch_is_within_what_is_announced(mode):
         ({"x_dtype": "float64"}, "float32"),
         ({"x_dtype": "int8", "k_dtype": "int8"}, "float32"),
         ({"x_dtype": "complex64"}, "float32"),
+        ({"k_dtype": "float16"}, "float32"),
     ),
 )
 def test_what_it_refuses(kwargs, reason):

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import schedule
+from gpuconv import dtypes, schedule
 from gpuconv.backends import gemm, tables
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
@@ -167,7 +167,10 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
 
             def one(task: Any, kernels: Any = kernels, g: slice = g, o: slice = o) -> None:
                 n, h, (i, j) = task  # an image, a group, and the place of a tile
-                scratch = spare.pop() if spare else Scratch(tile, problem.C // problem.groups)
+                try:
+                    scratch = spare.pop()
+                except IndexError:
+                    scratch = Scratch(tile, problem.C // problem.groups)
                 _transform_images(problem, tile, index, operands.x[n, h], i, j, scratch)
                 for which, y in enumerate(out[n, h, o, i, j]):
                     sums = _sums(tile, kernels[h - g.start, which], scratch)[: y.shape[0], : y.shape[1]]
@@ -195,11 +198,11 @@ def _transform_images(
         tables.reads(table.index[outputs.start : outputs.stop + taps - 1])
         for table, outputs, taps in zip(index, (i, j), (problem.KH, problem.KW), strict=True)
     )
-    real = scratch.real
+    real, fill = scratch.real, dtypes.numpy_dtype(problem.x_dtype).type(problem.fill)
     # Further rows and columns have no part in these outputs, but they must be finite.
     real[:, columns.length :] = 0
     for image, transform in zip(x, scratch.images, strict=True):
-        tables.gather(image, rows, columns, problem.fill, real[: rows.length, : columns.length])
+        tables.gather(image, rows, columns, fill, real[: rows.length, : columns.length])
         transform[rows.length :] = 0
         np.fft.rfft(real[: rows.length], out=transform[: rows.length])
         np.fft.fft(transform, axis=0, out=transform)
