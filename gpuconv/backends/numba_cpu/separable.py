@@ -70,7 +70,7 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     if problem.layout != "NCHW":
         reasons.append("it is for layout NCHW: rows of one channel")
     if not target.separable:
-        reasons.append("k is not known to be an outer product of a column and a row, which its values decide")
+        reasons.append("k is no outer product of a column and a row, or only its shape is known")
     return reasons
 
 
@@ -78,15 +78,15 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose the strips."""
     lanes = dense.lanes_of(problem, target)
     height, vectors = _TILE[lanes.bits]
-    width, long = vectors * lanes.count, _LONG[lanes.bits] * lanes.count
+    width = vectors * lanes.count
     filters = problem.O
     tables = 2 * (problem.OH + problem.OW + problem.KH + 2 * problem.KW) + 2 * runtime.TABLE
 
     def shape(tiles: int, wide: int) -> tuple[int, int, int]:
-        """Places, pitch and elements of a window of ``tiles`` × ``wide`` outputs, with the rows of t."""
+        """Places and pitch of a window of ``tiles`` × ``wide`` outputs; elements with the rows of t and one of y."""
         places = tiles * height + problem.KH - 1
         pitch = strip.odd_lines(wide + problem.KW - 1, lanes)
-        return places, pitch, (places + height) * pitch + 2 * width + long + 4 * (64 // lanes.size)
+        return places, pitch, (places + height + 1) * pitch + width + 2 * (64 // lanes.size)
 
     def scratch(tiles: int, wide: int) -> int:
         weights = filters * (problem.KH * problem.KW + 3 * (problem.KH + problem.KW) + 1)
@@ -128,18 +128,14 @@ def pack(plan: Plan, operands: Operands) -> Any:
     if found is None:
         raise ValueError(f"{NAME}: k is no outer product of a column and a row")
     columns, rows = found
-    parts = [columns[..., first : first + count][..., ::-1] for first, count in _sums(plan.problem.KH)]
+    taps, sums = plan.problem.KH, _sums(plan.problem.KH)
+    parts = [columns[..., s * taps // sums : (s + 1) * taps // sums][..., ::-1] for s in range(sums)]
     return np.concatenate([*parts, rows], axis=-1)
 
 
-def _sums(taps: int) -> list[tuple[int, int]]:
-    """(first, number) of the taps of each running sum: even shares, so that none has fewer than a tile has rows."""
-    each = _each(taps)
-    return [(first, min(each, taps - first)) for first in range(0, taps, each)]
-
-
-def _each(taps: int) -> int:
-    return -(-taps // -(-taps // _SUM))
+def _sums(taps: int) -> int:
+    """Running sums, which have even shares of the taps: none has fewer than a tile has rows."""
+    return -(-taps // _SUM)
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
@@ -153,7 +149,7 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
             (problem.H, problem.W), (problem.KH, problem.KW), (problem.OH, problem.OW), problem.padding, strict=True
         )
     )
-    tables = (down.source(), across.source(), np.array(across.inside, np.int64), np.arange(problem.KW))
+    tables = (down.source(), across.source(), np.array(across.inside, np.int64), np.arange(problem.KW, dtype=np.int64))
     table, address = np.zeros(runtime.TABLE, np.int64), [kept.ctypes.data for kept in tables]
     table[strip.SXN : strip.SXN + 10] = *x.strides, *out.strides
     for index, value in {
@@ -165,13 +161,13 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
         H: problem.H, W: problem.W, TOP: problem.padding[0][0], LEFT: problem.padding[1][0],
         IN_PLACE_X: x.strides[4] == lanes.size and x.strides[3] % lanes.size == 0,
         IN_PLACE_Y: out.strides[4] == lanes.size, FINISHED: problem.bias or problem.activation is not None,
-        DOWN: _each(problem.KH), ACROSS: _each(problem.KW), RAMP: address[3],
+        DOWN: _sums(problem.KH), ACROSS: _sums(problem.KW), RAMP: address[3],
     }.items():  # fmt: skip
         table[index] = value
     kernel = runtime.kernel(kernel_name(plan), lambda: _kernel(lanes))
     task = runtime.Task(kernel, table[runtime.ARRAYS :].tolist(), config["threads"], tables)
     finish = dense.finishing(problem, operands.bias, problem.O // problem.groups, 0, lanes)
-    scratch = np.empty(config["threads"] * config["each"], lanes.dtype)
+    scratch = runtime.aligned(config["threads"] * config["each"], lanes.dtype)
     task(x, packed, out, scratch, finish, dense.constant(problem, lanes))
 
 
@@ -190,10 +186,11 @@ def _kernel(lanes: Lanes) -> Callable[..., None]:
     @compiled
     def columns_of(arguments, u, x, line, to, first, end):
         """Places ``first`` to ``end`` of a tile's rows of t at ``to``, from the lines at ``x``, and some beyond."""
-        pitch, taps, each = get(arguments, PITCH), get(arguments, KH), get(arguments, DOWN)
+        pitch, taps, sums = get(arguments, PITCH), get(arguments, KH), get(arguments, DOWN)
         ramp = get(arguments, RAMP)
-        for p in range(0, taps, each):
-            a, at, n = u + size * p, x + size * p * line, min(each, taps - p)
+        for s in range(sums):
+            p = s * taps // sums
+            a, at, n = u + size * p, x + size * p * line, (s + 1) * taps // sums - p
             j = first
             while j < end:
                 given = (a, at + size * j, ramp, to + size * j, n, 1, line, pitch, p, 0, lane_count, a, a)
@@ -210,10 +207,11 @@ def _kernel(lanes: Lanes) -> Callable[..., None]:
     @compiled
     def row_of(arguments, v, t, to, wide, bias):
         """A row of y at ``to``, from a row of t."""
-        taps, each = get(arguments, KW), get(arguments, ACROSS)
+        taps, sums = get(arguments, KW), get(arguments, ACROSS)
         ramp, floor = get(arguments, RAMP), get(arguments, FINISH) + size
-        for q in range(0, taps, each):
-            n = min(each, taps - q)
+        for s in range(sums):
+            q = s * taps // sums
+            n = (s + 1) * taps // sums - q
             finish = get(arguments, FINISHED) if q + n == taps else 0
             j = 0
             while j < wide:
