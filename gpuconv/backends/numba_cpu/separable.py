@@ -9,8 +9,8 @@ those of ``rows_kernel``: of a kernel with one column, and of one with one row.
 Inside an image x is read where it lies. Where rows of the padding take part, and beside the first and last columns, a
 *window* is copied first, as ``strip`` does.
 
-Each weight is a product of two rounded numbers and each sum is made of sums: errors of some units in the last place of
-``|x| ∗ |k|``, at most ``separability.TOLERANCE`` and 2⁻²⁴ for each term of a running sum.
+Relative to ``|x| ∗ |k|`` the error of each result is at most ``separability.TOLERANCE``, which is what the two factors
+may differ from k by, and 2⁻²⁴ for each product of a running sum, for each running sum, and for both of them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SXN, SXG, SXH = strip.SXN, strip.SXG, strip.SXH
 SYN, SYG, SYO, SYH, SYW = strip.SYN, strip.SYG, strip.SYO, strip.SYH, strip.SYW
 N, G, O, OH, OW, KH, KW = strip.N, strip.G, strip.O, strip.OH, strip.OW, strip.KH, strip.KW
 HIGH, WIDE, PLACES, PITCH, PER_THREAD = strip.HIGH, strip.WIDE, strip.PLACES, strip.PITCH, strip.PER_THREAD
-H, W, TOP, LEFT, IN_PLACE_X, IN_PLACE_Y, FINISHED, DOWN, ACROSS, RAMP, END = range(strip.END, strip.END + 11)
+H, W, TOP, LEFT, IN_PLACE_X, IN_PLACE_Y, FINISHED, DOWN, ACROSS, RAMP = range(strip.END, strip.END + 10)
 
 # Rows, and vectors of columns, of a tile of t by the bits of a register; vectors of a tile of y, which is one row.
 _TILE = {512: (4, 6), 256: (4, 2), 128: (4, 2)}
@@ -181,7 +181,6 @@ def _kernel(lanes: Lanes) -> Callable[..., None]:
     some_row = row_tile(lanes, 1, some, (1,))
     fill = strip.filler(lanes, "float32")
     _, write, repeat = rows(lanes, "float32")
-    strip_fill = strip.FILL
 
     @compiled
     def columns_of(arguments, u, x, line, to, first, end):
@@ -271,7 +270,7 @@ def _kernel(lanes: Lanes) -> Callable[..., None]:
         t = window + size * get(arguments, PLACES) * get(arguments, PITCH)
         beside = t + size * (height * get(arguments, PITCH) + width)
         # What is computed beyond the ends of rows is dropped, but it must not be numbers too small to be quick.
-        repeat(window, get(arguments, strip_fill), (beside - window) // size)
+        repeat(window, get(arguments, FILL), (beside - window) // size)
         tasks = get(arguments, N) * G_ * O_ * down * across
         for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
             plane, place = task // (down * across), task % (down * across)
