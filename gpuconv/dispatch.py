@@ -10,7 +10,7 @@ import importlib
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +25,7 @@ TABLE = (
     "cupy.patches",
     "numba_cuda.direct",
     "numba_cuda.patches",
+    "numba_cpu.separable",
     "numba_cpu.winograd",
     "numba_cpu.lanes",
     "numba_cpu.rows",
@@ -35,6 +36,7 @@ TABLE = (
     "numba_cpu.strip",
     "numpy.gemm",
     "numpy.patches",
+    "numpy.fft",
     "numpy.reference",
 )
 
@@ -48,21 +50,30 @@ def module_of(name: str) -> str:
 DEVICES = {"cupy": "cuda", "numba_cuda": "cuda", "numba_cpu": "cpu", "numpy": "cpu"}
 
 
-def preferred(problem: Conv2dProblem, device: str) -> tuple[list[str], str]:
-    """The table's names for ``device``, best first for this problem, and the rule that put the first there."""
+def preferred(problem: Conv2dProblem, device: str) -> tuple[list[str], dict[str, str]]:
+    """The table's names for ``device``, best first for this problem, and the rules that put some of them there."""
     names = list(serving(problem.op, device))
     if device == "cuda":
         thin = problem.op in ("forward", "input_grad") and problem.result_channels // problem.groups < 8
         if not thin:
-            return names, "first in the table that can run"
+            return names, {}
         # A GEMM this thin reads far more than it computes, and im2col writes all of it first. Not measured yet.
         names.sort(key=lambda name: name != "numba_cuda.direct")
-        return names, "fewer than 8 output channels per group: too thin for a matrix product"
+        return names, {names[0]: "fewer than 8 output channels per group: too thin for a matrix product"}
     wanted = {name: why for name, holds, why in preference.on_cpu(problem) if holds}
     # What is made for such problems, ending with what is for all; then what is made for others.
     place = {name: index for index, name in enumerate(wanted)}
-    names.sort(key=lambda name: (library_of(name) == "numpy", place.get(name, len(place))))
-    return names, wanted.get(names[0], "first in the table that can run")
+    names.sort(key=lambda name: (library_of(name) == "numpy" and name not in place, place.get(name, len(place))))
+    return names, wanted
+
+
+def values_matter(problem: Conv2dProblem, target: Target, backend: str | None) -> bool:
+    """Whether what runs depends on the values of k: where ``numba_cpu.separable`` would come first, were it able to."""
+    name = "numba_cpu.separable"
+    if target.device != "cpu" or problem.precision == "highest" or problem.op != "forward":
+        return False
+    first = backend == name or (backend in (None, library_of(name)) and preferred(problem, "cpu")[0][0] == name)
+    return first and not reasons(name, problem, replace(target, separable=True))
 
 
 def serving(op: str, device: str | None = None) -> tuple[str, ...]:
@@ -166,11 +177,10 @@ def choose(call: str, problem: Conv2dProblem, target: Target, backend: str | Non
     MemoryError
         When one could, had it more than ``limit`` bytes of scratch.
     """
-    names, why = preferred(problem, target.device)
+    names, rules = preferred(problem, target.device)
     if backend is not None:
         named = candidates(backend) or ()
         names = [name for name in names if name in named]
-        why = f"backend={backend!r} asked for it"
         if not names:
             ops = ", ".join(sorted({op for name in named for op in implementation(name).OPS}))
             raise NoBackendError(f"{call}: {backend} has no implementation of {problem.op}; it serves {ops}")
@@ -184,7 +194,11 @@ def choose(call: str, problem: Conv2dProblem, target: Target, backend: str | Non
             shortage = shortage or found[0]
         else:
             if plan is not None:
-                return Choice(name, plan, why if not rejected else "the first that can run", tuple(rejected))
+                if backend is not None and not rejected:
+                    why = f"backend={backend!r} asked for it"
+                else:
+                    why = rules.get(name, "the first that can run" if rejected else "first in the table that can run")
+                return Choice(name, plan, why, tuple(rejected))
         rejected.append((name, tuple(found)))
     if shortage:
         raise MemoryError(f"{call}: {shortage}")

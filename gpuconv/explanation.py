@@ -254,15 +254,18 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
             "error": "conv2d would raise NoBackendError (GPUCONV_FALLBACK=error)",
         }[policy]
         note = f"device={device!r} finds no usable GPU here, so {outcome}. "
-        names, why = dispatch.preferred(problem, "cuda")
+        names, rules = dispatch.preferred(problem, "cuda")
         able = [name for name in names if not dispatch.implementation(name).unsupported(problem, Target("cuda", 0))]
-        note += f"On a GPU machine {able[0]} would run ({why if able[0] == names[0] else 'the first that can'})."
+        why = rules.get(able[0], "first in the table that can run" if able[0] == names[0] else "the first that can")
+        note += f"On a GPU machine {able[0]} would run ({why})."
         if policy == "error":
             return Explanation(problem, target, None, None, _table(problem, target, backend, limit, None), note)
     else:
         target = dispatch.resolve(call, device, backend, home)
         if target.device == "cpu" and any(isinstance(a, np.ndarray) and not a.dtype.isnative for a in (x, k)):
             target = replace(target, swapped=True)
+        if not _is_shape(k) and k is not None and dispatch.values_matter(problem, target, backend):
+            target = replace(target, separable=request.is_separable(problem, arrays.operand(call, "k", k)))
     try:
         choice = dispatch.choose(call, problem, target, backend, limit)
     except (NoBackendError, MemoryError) as error:

@@ -24,6 +24,16 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
     depthwise = channels == outputs == 1 and problem.groups > 1
     return [
         (
+            "numba_cpu.separable",
+            first and channels == 1 and _separable(problem),
+            "an outer product of a column and a row, at less than the highest precision: one after the other",
+        ),
+        (
+            "numpy.fft",
+            _fft(problem, channels, outputs),
+            "a large kernel at less than the highest precision: Fourier transforms",
+        ),
+        (
             "numba_cpu.winograd",
             problem.precision != "highest" and _winograd(channels, outputs, rows, columns),
             "3×3 at less than the highest precision: fewer multiplications",
@@ -70,6 +80,27 @@ def _turned(channels: int, outputs: int, taps: int, pixels: int) -> bool:
     # Panels of one register's outputs, and outputs that leave much of a panel empty, are not worth it.
     filled = outputs >= 32 and outputs % 32 in (0, *range(28, 32))
     return filled and pixels <= 784 and channels * outputs * taps >= (1 << 15 if taps == 1 else 100_000)
+
+
+def _separable(problem: Conv2dProblem) -> bool:
+    # numba_cpu.rows over it, all of a call. 2048²: 5×5 0.87, 7×7 1.07, 9×9 1.5, 11×11 1.7, 15×15 2.3, 31×31 5.3,
+    # 63×63 11.6, 127×127 33; 512²: 9×9 0.5, 15×15 0.9, 31×31 3.0; 128²: 31×31 0.5. OpenCV's sepFilter2D over it, 2048²:
+    # 1.6 to 1.9 up to 31×31, 2.1 for 63×63, 3.7 for 127×127. Small planes of many channels are for numba_cpu.lanes.
+    taps, both = problem.KH * problem.KW, problem.KH + problem.KW
+    saved = problem.O * problem.OH * problem.OW * (taps - 3 * both)
+    return problem.op == "forward" and problem.precision != "highest" and problem.OW > 56 and saved >= 5e7
+
+
+def _fft(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
+    # numba_cpu.rows or .strip over it. One channel, 2048²: 25×25 0.57, 31×31 0.76, 41×41 1.4, 63×63 2.9, 127×127 11.8;
+    # 512²: 41×41 0.64, 63×63 0.86, 127×127 2.9. 3 to 16 channels, 512²: 21×21 0.85, 31×31 2.1;
+    # 3 to 3, 1024², 31×31: 4.6; 16 to 16, 256²: 15×15 0.37, 21×21 0.65; 64 to 64, 128²: 31×31 0.84.
+    # In products of one image, so that a batch runs as its images do: what is saved, less what the transforms and those of the kernels cost.
+    taps, kernels = problem.KH * problem.KW, channels * outputs
+    planes = problem.groups * problem.OH * problem.OW
+    saved = planes * (kernels * (taps - 400) - 400 * (channels + outputs))
+    saved -= problem.groups * kernels * (6000 * taps + 3_000_000)
+    return problem.op == "forward" and problem.precision != "highest" and kernels <= 256 and saved >= 8e8
 
 
 # Winograd's tile.

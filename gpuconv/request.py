@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gpuconv import arrays, dispatch, dtypes, geometry, layouts, schedule
+from gpuconv import arrays, dispatch, dtypes, geometry, layouts, schedule, separability
 from gpuconv.arrays import Array, Operand
 from gpuconv.backends.phases import fill_with_bias
 from gpuconv.backends.protocol import Operands
@@ -177,7 +177,7 @@ def compute(
 ) -> Any:
     """Check what says where and how to compute, choose an implementation, run it, and give the caller the result.
 
-    ``done`` is told what ran.
+    ``done`` is told what ran, unless the next call like it may have weights for which that is another implementation.
     """
     limit = workspace(call, workspace_limit)
     given = check_result(call, request, out)
@@ -186,12 +186,19 @@ def compute(
     target = dispatch.resolve(call, device, backend, home, stacklevel=4)
     if target.device == "cpu" and any(map(arrays.is_swapped, (request.first, request.second))):
         target = replace(target, swapped=True)
+    by_value = dispatch.values_matter(problem, target, backend)
+    if by_value:
+
+        def made() -> bool:
+            return is_separable(problem, request.second)
+
+        target = replace(target, separable=made() if keeper is None else keeper.kept("separable", made, None))
     choice = dispatch.choose(call, problem, target, backend, limit)
     shortage = ""
     while True:
         try:
             y = execute(request, choice, target, given, pointer, keeper)
-            if done is not None:
+            if done is not None and not (by_value and keeper is None):
                 done(choice)
             return arrays.deliver(y, request.first) if out is None else out
         except MemoryError as error:
@@ -204,6 +211,13 @@ def compute(
         if smaller.plan.workspace >= choice.plan.workspace:
             raise MemoryError(f"{call}: {shortage}")
         choice = smaller
+
+
+def is_separable(problem: Conv2dProblem, kernel: Operand | None) -> bool:
+    """Whether ``kernel`` is known to be an outer product of a column and a row: never where a GPU holds it."""
+    if kernel is None or kernel.device is not None:
+        return False
+    return separability.factors(view(problem, 1, kernel.array)) is not None
 
 
 def check_result(call: str, request: Request, out: Any) -> Operand | None:
