@@ -95,7 +95,8 @@ def _fft(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
     # numba_cpu.rows or .strip over it. One channel, 2048²: 25×25 0.57, 31×31 0.76, 41×41 1.4, 63×63 2.9, 127×127 11.8;
     # 512²: 41×41 0.64, 63×63 0.86, 127×127 2.9. 3 to 16 channels, 512²: 21×21 0.85, 31×31 2.1;
     # 3 to 3, 1024², 31×31: 4.6; 16 to 16, 256²: 15×15 0.37, 21×21 0.65; 64 to 64, 128²: 31×31 0.84.
-    # In products of one image, so that a batch runs as its images do: what is saved, less what the transforms and those of the kernels cost.
+    # In products of one image, so that a batch runs as its images do: what is saved, less what the transforms and those
+    # of the kernels cost.
     taps, kernels = problem.KH * problem.KW, channels * outputs
     planes = problem.groups * problem.OH * problem.OW
     saved = planes * (kernels * (taps - 400) - 400 * (channels + outputs))
