@@ -109,7 +109,7 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
             ready = self._ready.get(key)
             if ready is not None and ready.holds():
                 try:
-                    return ready(x, None, None if self._bias is None else self._bias.array)
+                    return ready(x, self._kernel.array, None if self._bias is None else self._bias.array)
                 except MemoryError:  # the long way knows what takes less
                     key = None
         image = arrays.operand(call, "x", x)

@@ -284,3 +284,16 @@ def test_foreign_byte_order_goes_elsewhere():
     assert gpuconv.conv2d(x, k, precision="high")[0, 0, 0, 0] == 3 * 32 * 9
     with pytest.raises(gpuconv.NoBackendError, match="byte order"):
         gpuconv.conv2d(x, k, precision="high", backend="numba_cpu.winograd")
+
+
+def test_large_weights_are_transformed_anew_by_a_layer(monkeypatch):
+    """What is too large to be kept is not; a layer called again and again gives what ``conv2d`` gives."""
+    monkeypatch.setattr(winograd, "_KEPT", 1000)
+    rng = np.random.default_rng(2)
+    x, k = rng.standard_normal((1, 32, 16, 16), np.float32), rng.standard_normal((32, 32, 3, 3), np.float32)
+    for order in ("OIHW", "HWIO"):
+        kernel = k if order == "OIHW" else np.ascontiguousarray(k.transpose(2, 3, 1, 0))
+        options = {"padding": 1, "precision": "high", "backend": winograd.NAME, "kernel_layout": order}
+        layer = gpuconv.Conv2d(kernel, **options)
+        for _ in range(3):
+            assert np.array_equal(layer(x), gpuconv.conv2d(x, kernel, **options))
