@@ -33,6 +33,7 @@ from gpuconv.backends.numba_cpu.strip import (
     KC,
     KH,
     KW,
+    OFFSETS,
     OH,
     OW,
     PER_THREAD,
@@ -82,12 +83,17 @@ _SMALL = 1 << 15
 _SUMS, _INPUTS, _OUTPUTS = 512 << 10, 512 << 10, 256
 _ALONE = 1 << 19  # products below which starting threads costs more than it gives
 
+# The most taps that lists of their own are kept for.
+_LISTED = 128
+
 # The table of arguments: that of the strips, with dy for y and dK for the weights, and then
 (
-    IN_PLACE, DOWN, ACROSS, TAP_DOWN, TAP_ACROSS, TAPS,  # how x is read; steps in elements, offsets of taps in a copy
-    IMAGES, LOT, PARTS,  # a chunk's images; chunks of a lot; parts
-    ROWS, PANELS, APART, ENDING,  # a block; whether parts are summed apart; whether this is their end
-) = range(strip.END, strip.END + 13)  # fmt: skip
+    IN_PLACE, SHIFT, DOWN, ACROSS, TAP_DOWN, TAP_ACROSS,  # how x is read in place: bytes to its border, steps
+    BY_TAPS, REACHED,  # whether a row is a channel, tap by tap; the output rows and columns that taps reach
+    IMAGES, LOT, PARTS, ROWS, PANELS,  # a chunk's images; chunks of a lot; parts; a block
+    WHAT,  # to be done: SUMS, or PARTIAL sums and then their ENDING
+) = range(strip.END, strip.END + 14)  # fmt: skip
+SUMS, PARTIAL, ENDING = range(3)
 
 
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
@@ -109,11 +115,16 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     whole = parts == 1 and chunks <= lot  # all of the sum is one lot
     threads = target.threads if problem.result_size * problem.products >= _ALONE else 1
     base = strip.geometry_of(problem, lanes)
+    lists = problem.KH * problem.KW if _by_taps(problem, most) else 1
 
     def geometry_of(block: int) -> tuple[strip.Geometry, strip.Shape]:
         taps = problem.KH * problem.KW
         geometry = replace(base, kc=min(max(problem.C // problem.groups, 1), (block - 1) // taps + 2))
         return geometry, geometry.shape(chunk[1], chunk[2], 1)
+
+    def padded(block: int) -> int:
+        """Rows of a block, in whole tiles."""
+        return -(-block // lists // most) * most * lists
 
     def copied(block: int) -> int:
         geometry, shape = geometry_of(block)
@@ -121,16 +132,15 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
 
     def each(block: int, panels: int) -> int:
         """Bytes of a thread."""
-        padded = -(-block // most) * most
-        held = panels * width * padded
-        tables = 8 * (pixels + padded)
+        held = panels * width * padded(block)
+        tables = 8 * (2 * pixels * lists + lists + padded(block))
         packed = (panels * width + lanes.count) * pixels * size
         sums = held * size + (0 if whole else 16 * held)
         return packed + sums + copied(block) + tables + 8 * 64
 
-    def apart_bytes(block: int) -> int:
-        padded = -(-all_rows // block) * -(-block // most) * most
-        return 8 * parts * problem.groups * all_panels * width * padded if parts > 1 else 0
+    def apart_bytes(block: int, panels: int) -> int:
+        blocks = -(-all_rows // block) * problem.groups * -(-all_panels // panels)
+        return 8 * parts * blocks * panels * width * padded(block) if parts > 1 else 0
 
     def scratch(threads: int, block: int, panels: int) -> int:
         tables = 8 * (base.down.phases * base.down.extent + base.across.phases * base.across.extent)
@@ -138,24 +148,28 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         return threads * each(block, panels) + tables + offsets + 4096
 
     panels = max(1, min(all_panels, _OUTPUTS // width))
-    block = schedule.halved(
-        max(all_rows, 1),
-        lambda b: b * panels * width * size <= _SUMS and copied(b) <= _INPUTS,
-        at_least=most,
+    def cached(share: int) -> bool:
+        return share * lists * panels * width * size <= _SUMS and copied(share * lists) <= _INPUTS
+
+    # In shares of the rows that a list serves: channels where there is a list for each tap.
+    shares = max(all_rows // lists, 1)
+    share = schedule.halved(shares, cached, at_least=most)
+    threads, share, panels = schedule.fit(
+        (threads, share, panels), lambda t, s, p: scratch(t, s * lists, p), limit, f"{NAME} on {problem}"
     )
-    threads, block, panels = schedule.fit((threads, block, panels), scratch, limit, f"{NAME} on {problem}")
-    in_place = problem.padding == NO_PADS and problem.x_dtype == lanes.dtype
-    apart = 1 < threads <= parts and scratch(threads, block, panels) + apart_bytes(block) <= limit
+    block = share * lists
+    in_place = (lists > 1 or problem.padding == NO_PADS) and problem.x_dtype == lanes.dtype
+    apart = 1 < threads <= parts and scratch(threads, block, panels) + apart_bytes(block, panels) <= limit
     if not apart:
         if in_place and all_panels % threads == 0:
             panels = min(panels, all_panels // threads)
         outer = problem.groups * -(-all_panels // panels)
-        blocks = -(-all_rows // block)
-        while outer * blocks % threads and all_rows // (blocks + 1) >= 2 * most:
+        blocks = -(-shares // share)
+        while outer * blocks % threads and shares // (blocks + 1) >= most:
             blocks += 1
         if blocks > 1:
-            block = min(block, -(-(-(-all_rows // blocks)) // most) * most)
-    workspace = scratch(threads, block, panels) + (apart_bytes(block) if apart else 0)
+            block = min(share, -(-(-(-shares // blocks)) // (most // 2)) * (most // 2)) * lists
+    workspace = scratch(threads, block, panels) + (apart_bytes(block, panels) if apart else 0)
     detail = (
         f"chunks of {pixels} pixels, blocks of {block} rows × {panels * width} output channels, {lanes}"
         + f", in {parts} parts" * (parts > 1)
@@ -164,7 +178,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     config = {
         "lanes": lanes, "vectors": vectors, "threads": threads, "geometry": geometry, "shape": shape, "chunk": chunk,
         "lot": lot, "sums": parts, "apart": apart, "block": block, "panels": panels, "extra": 0,
-        "each": (each(block, panels) + 63) // 64 * 64, "partial": apart_bytes(block) if apart else 0,
+        "lists": lists, "each": (each(block, panels) + 63) // 64 * 64, "partial": apart_bytes(block, panels) if apart else 0,
     }  # fmt: skip
     return Plan(problem, workspace, lanes.dtype, detail, config)
 
@@ -181,6 +195,32 @@ def _chunk(problem: Conv2dProblem) -> tuple[int, int, int]:
     if OH_ * OW_ > BLOCK:
         return 1, share(OH_, BLOCK // OW_), OW_
     return share(N_, BLOCK // max(OH_ * OW_, 1)), max(OH_, 1), max(OW_, 1)
+
+
+def _by_taps(problem: Conv2dProblem, most: int) -> bool:
+    """Whether the rows of a tile are channels of one tap, for which only the pixels that it reaches are summed. With
+    fewer channels than a tile has rows, taps are mixed in one, and what lies outside of x is multiplied as zeros.
+    """
+    return (
+        problem.padding != NO_PADS
+        and problem.C // problem.groups >= most
+        and problem.KH * problem.KW <= _LISTED
+    )  # fmt: skip
+
+
+def _reached(problem: Conv2dProblem, by_taps: bool) -> np.ndarray[Any, Any]:
+    """The first and the end of the output rows, and of the columns, that each tap reaches; all where taps are mixed."""
+    found = []
+    axes = zip(
+        (problem.H, problem.W), (problem.KH, problem.KW), (problem.OH, problem.OW), problem.padding, problem.stride,
+        problem.dilation, strict=True,
+    )  # fmt: skip
+    for n, taps, outputs, (before, _), stride, dilation in axes:
+        for tap in range(taps if by_taps else 1):
+            first = min(max(-(-(before - tap * dilation) // stride), 0), outputs)
+            last = min(max(-(-(n + before - tap * dilation) // stride), first), outputs)
+            found.append((first, last) if by_taps else (0, outputs))
+    return np.array(found, np.int64)
 
 
 def kernel_name(plan: Plan) -> str:
@@ -218,29 +258,33 @@ class Bound:
         problem, config = plan.problem, plan.config
         lanes: Lanes = config["lanes"]
         self.alone = problem.result_size * problem.products < _ALONE
+        by_taps = config["lists"] > 1
         in_place = (
-            problem.padding == NO_PADS and x.dtype == lanes.dtype and all(step % lanes.size == 0 for step in x.strides)
+            (by_taps or problem.padding == NO_PADS)
+            and x.dtype == lanes.dtype
+            and all(step % lanes.size == 0 for step in x.strides)
         )
         entries, kept = strip.table_of(plan, x, out, dy)
         entries[PER_THREAD - runtime.ARRAYS] = config["each"]
+        (top, _), (left, _) = problem.padding
         (down, across), (tap_down, tap_across) = problem.stride, problem.dilation
-        sxh, sxw = (step // lanes.size for step in x.strides[3:])
+        sxh, sxw = x.strides[3:]
+        reached = _reached(problem, by_taps)
         entries += [
-            in_place, down * sxh, across * sxw, tap_down * sxh, tap_across * sxw, kept[3].ctypes.data,
-            config["chunk"][0], config["lot"], config["sums"], config["block"], config["panels"], config["apart"],
+            in_place, -top * sxh - left * sxw, down * sxh, across * sxw, tap_down * sxh, tap_across * sxw, by_taps,
+            reached.ctypes.data, config["chunk"][0], config["lot"], config["sums"], config["block"], config["panels"],
         ]  # fmt: skip
         kernel = runtime.kernel(kernel_name(plan), lambda: _kernel(problem, lanes, config["vectors"]))
-        self.task = runtime.Task(kernel, [*entries, 0], config["threads"], kept)
-        self.ending = runtime.Task(kernel, [*entries, 1], config["threads"], kept) if config["apart"] else None
+        steps = (PARTIAL, ENDING) if config["apart"] else (SUMS,)
+        self.tasks = [runtime.Task(kernel, [*entries, what], config["threads"], (kept, reached)) for what in steps]
         self.scratch = config["threads"] * config["each"] + config["partial"] + 64
         self.fill = dense.constant(problem, lanes)
 
     def __call__(self, x: Any, dy: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
         """Write the gradient into ``out``."""
         scratch = np.empty(self.scratch, np.uint8)
-        self.task(x, out, dy, scratch, None, self.fill)
-        if self.ending is not None:
-            self.ending(x, out, dy, scratch, None, self.fill)
+        for task in self.tasks:
+            task(x, out, dy, scratch, None, self.fill)
 
 
 def _packer(lanes: Lanes, vectors: int, stored: str) -> Any:
@@ -326,118 +370,175 @@ def _writer(lanes: Lanes, vectors: int, stored: str) -> Any:
 
 def _kernel(problem: Conv2dProblem, lanes: Lanes, vectors: int) -> Callable[..., None]:
     size, width, most = lanes.size, vectors * lanes.count, PIXELS[lanes.bits][vectors]
-    half, lanes_count = most // 2, lanes.count
+    half, lane_count = most // 2, lanes.count
     full, some = (weight_grad_kernel.tile(lanes, count, vectors) for count in (most, half))
     add, rounded = weight_grad_kernel.totals(lanes)
     add_totals, _ = weight_grad_kernel.totals(Lanes("float64", lanes.count))
     fill = strip.filler(lanes, problem.x_dtype)
+    _, _, fill_row = rows(lanes, lanes.dtype)
     pack = _packer(lanes, vectors, problem.k_dtype)
     written = _writer(lanes, vectors, problem.y_dtype)
 
     @compiled
-    def placed(arguments, place, m0, m1, c0):
-        """Where the channel and tap of each row begin; the last row also stands for those that fill its tile."""
+    def placed(arguments, place, m0, count, c0):
+        """Where the rows of a block begin in x; the last also stands for those that fill its tile."""
         KW_, taps = get(arguments, KW), get(arguments, KH) * get(arguments, KW)
-        for m in range(m0, m0 + (m1 - m0 + most - 1) // most * most):
-            c, tap = min(m, m1 - 1) // taps, min(m, m1 - 1) % taps
-            if get(arguments, IN_PLACE):
-                at = c * get(arguments, SXC) // size
-                at += tap // KW_ * get(arguments, TAP_DOWN) + tap % KW_ * get(arguments, TAP_ACROSS)
+        if get(arguments, BY_TAPS):
+            m0, step = m0 // taps, taps
+        else:
+            step = 1
+        channel = get(arguments, CHANNEL)
+        if get(arguments, IN_PLACE):
+            channel = get(arguments, SXC) // size
+        for row in range((count + most - 1) // most * most):
+            m = m0 + min(row, count - 1)
+            if step > 1:
+                at = (m - c0) * channel
             else:
-                at = (c - c0) * get(arguments, CHANNEL) + get(get(arguments, TAPS), tap)
-            put(place, m - m0, at)
+                tap = m % taps
+                at = (m // taps - c0) * channel
+                if get(arguments, IN_PLACE):
+                    at += (tap // KW_ * get(arguments, TAP_DOWN) + tap % KW_ * get(arguments, TAP_ACROSS)) // size
+                else:
+                    at += get(get(arguments, OFFSETS), tap)
+            put(place, row, at)
 
     @compiled
-    def listed(arguments, off, images, high, wide):
-        """Where each pixel of a chunk is."""
+    def listed(arguments, lists, counts, room, images, i0, high, j0, wide):
+        """The pixels of a chunk that each tap reaches, where they are in x and in the packed gradients."""
         image, down, across = get(arguments, KC) * get(arguments, CHANNEL), get(arguments, PITCH), 1
         if get(arguments, IN_PLACE):
-            image, down, across = get(arguments, SXN) // size, get(arguments, DOWN), get(arguments, ACROSS)
-        k = 0
-        for n in range(images):
-            for i in range(high):
-                for j in range(wide):
-                    put(off, k, n * image + i * down + j * across)
-                    k += 1
+            image = get(arguments, SXN) // size
+            down, across = get(arguments, DOWN) // size, get(arguments, ACROSS) // size
+        reached, KH_, KW_ = get(arguments, REACHED), 1, 1
+        if get(arguments, BY_TAPS):
+            KH_, KW_ = get(arguments, KH), get(arguments, KW)
+        for tap in range(KH_ * KW_):
+            rows_, columns = reached + 16 * (tap // KW_), reached + 16 * (KH_ + tap % KW_)
+            first, last = max(get(rows_, 0) - i0, 0), min(get(rows_, 1) - i0, high)
+            left, right = max(get(columns, 0) - j0, 0), min(get(columns, 1) - j0, wide)
+            to, k = lists + 16 * room * tap, 0
+            for n in range(images):
+                for i in range(first, last):
+                    for j in range(left, right):
+                        put(to, k, n * image + i * down + j * across)
+                        put(to, k + 1, ((n * high + i) * wide + j) * width)
+                        k += 2
+            put(counts, tap, k // 2)
 
     @compiled
-    def multiply(a, x, off, place, y, pixels, count, panels, panel_step, accumulate):
+    def inside(arguments, i0, i1, j0, j1):
+        """Whether all taps reach all rows and columns of a chunk."""
+        reached, KH_, KW_ = get(arguments, REACHED), 1, 1
+        if get(arguments, BY_TAPS):
+            KH_, KW_ = get(arguments, KH), get(arguments, KW)
+        for p in range(KH_):
+            if get(reached, 2 * p) > i0 or get(reached, 2 * p + 1) < i1:
+                return 0
+        for q in range(KH_, KH_ + KW_):
+            if get(reached, 2 * q) > j0 or get(reached, 2 * q + 1) < j1:
+                return 0
+        return 1
+
+    @compiled
+    def multiply(arguments, a, x, lists, counts, room, place, y, pixels, count, panels, panel_step, accumulate):
         """All rows of a block with all panels, for the pixels of a chunk."""
-        for m in range(0, count, most):
-            for panel in range(panels):
-                weights = a + size * panel * pixels * width
-                sums = y + panel * panel_step + size * m * width
-                if count - m > half:
-                    full((weights, x, off, place + 8 * m, sums, pixels, accumulate))
-                else:
-                    some((weights, x, off, place + 8 * m, sums, pixels, accumulate))
+        taps, KW_ = 1, 1
+        if get(arguments, BY_TAPS):
+            taps, KW_ = get(arguments, KH) * get(arguments, KW), get(arguments, KW)
+        for row in range(0, count, most):
+            for tap in range(taps):
+                K, pairs, source = get(counts, tap), lists + 16 * room * tap, x
+                if taps > 1 and get(arguments, IN_PLACE):
+                    source += tap // KW_ * get(arguments, TAP_DOWN) + tap % KW_ * get(arguments, TAP_ACROSS)
+                elif taps > 1:
+                    source += size * get(get(arguments, OFFSETS), tap)
+                for panel in range(panels):
+                    gradients = a + size * panel * pixels * width
+                    sums = y + panel * panel_step + size * width * (row * taps + tap)
+                    if K == 0:
+                        if not accumulate:
+                            for i in range(most):
+                                fill_row(sums + size * width * taps * i, get(arguments, FILL), width)
+                    elif count - row > half:
+                        full((gradients, source, pairs, place + 8 * row, sums, K, taps * width, accumulate))
+                    else:
+                        some((gradients, source, pairs, place + 8 * row, sums, K, taps * width, accumulate))
 
     @compiled
-    def summed(arguments, g, m0, m1, o0, panels, first, last, scratch, y, total, single):
+    def summed(arguments, g, m0, m1, o0, panels, first, last, scratch, y, step, total, single):
         """The sums of chunks [first, last) in ``total``, or in ``y`` where all are a ``single`` lot."""
-        OH_, OW_, C_ = get(arguments, OH), get(arguments, OW), get(arguments, C)
+        OH_, OW_ = get(arguments, OH), get(arguments, OW)
         images, high, wide = get(arguments, IMAGES), get(arguments, HIGH), get(arguments, WIDE)
         down, across = (OH_ + high - 1) // high, (OW_ + wide - 1) // wide
         taps = get(arguments, KH) * get(arguments, KW)
-        most_pixels = images * high * wide
-        off = scratch
-        place = off + 8 * most_pixels
-        beside = (place + 8 * (m1 - m0 + most) + 63) // 64 * 64
-        packed = (beside + size * most_pixels * lanes_count + 63) // 64 * 64
-        copy = (packed + size * most_pixels * panels * width + 63) // 64 * 64
-        step = size * width * ((m1 - m0 + most - 1) // most * most)
+        lists, count = 1, m1 - m0
+        if get(arguments, BY_TAPS):
+            lists, count = taps, count // taps
+        room = images * high * wide
+        counts = scratch + 16 * lists * room
+        place = counts + 8 * lists
+        beside = (place + 8 * (count + most) + 63) // 64 * 64
+        packed = (beside + size * room * lane_count + 63) // 64 * 64
+        copy = (packed + size * room * panels * width + 63) // 64 * 64
         c0, c1 = m0 // taps, (m1 - 1) // taps + 1
         reach_down, reach_across = get(arguments, PLACES) - high, get(arguments, COLUMN_EXTENT) - OW_
-        placed(arguments, place, m0, m1, c0)
-        known = 0, 0, 0
+        image = size * get(arguments, KC) * get(arguments, CHANNEL)
+        placed(arguments, place, m0, count, c0)
+        known = 0, 0, 0, 0, 0
         for chunk in range(first, last):
             n0, i0, j0 = chunk // (down * across) * images, chunk // across % down * high, chunk % across * wide
             n1, i1, j1 = min(get(arguments, N), n0 + images), min(OH_, i0 + high), min(OW_, j0 + wide)
-            here = n1 - n0, i1 - i0, j1 - j0
+            here = n1 - n0, i0, i1, j0, j1
+            if inside(arguments, i0, i1, j0, j1):
+                here = n1 - n0, 0, i1 - i0, 0, j1 - j0
             if here != known:
-                listed(arguments, off, n1 - n0, i1 - i0, j1 - j0)
+                listed(arguments, scratch, counts, room, n1 - n0, i0, i1 - i0, j0, j1 - j0)
                 known = here
             gradients = get(arguments, Y) + g * get(arguments, SYG) + n0 * get(arguments, SYN)
             gradients += i0 * get(arguments, SYH) + j0 * get(arguments, SYW)
             pack(arguments, packed, beside, gradients, n1 - n0, i1 - i0, j1 - j0, o0, panels)
-            source = get(arguments, X) + g * get(arguments, SXG) + n0 * get(arguments, SXN)
+            source = get(arguments, X) + g * get(arguments, SXG) + n0 * get(arguments, SXN) + c0 * get(arguments, SXC)
             if get(arguments, IN_PLACE):
-                source += size * (i0 * get(arguments, DOWN) + j0 * get(arguments, ACROSS))
+                source += get(arguments, SHIFT) + i0 * get(arguments, DOWN) + j0 * get(arguments, ACROSS)
             else:
-                source += c0 * get(arguments, SXC)
                 for n in range(n1 - n0):
                     fill(
-                        arguments, copy + size * n * get(arguments, KC) * get(arguments, CHANNEL),
-                        source + n * get(arguments, SXN), c1 - c0, i0, i1 - i0 + reach_down, j0, j1 - j0 + reach_across,
-                        0,
+                        arguments, copy + image * n, source + n * get(arguments, SXN), c1 - c0, i0,
+                        i1 - i0 + reach_down, j0, j1 - j0 + reach_across, 0,
                     )  # fmt: skip
                 source = copy
             at = (chunk - first) % get(arguments, LOT)
             pixels = (n1 - n0) * (i1 - i0) * (j1 - j0)
-            multiply(packed, source, off, place, y, pixels, m1 - m0, panels, step, at > 0)
+            multiply(
+                arguments, packed, source, scratch, counts, room, place, y, pixels, count, panels, step, at > 0
+            )  # fmt: skip
             if single == 0 and (at + 1 == get(arguments, LOT) or chunk + 1 == last):
                 add((total, y, panels * step // size, chunk - at > first))
 
     def work(arguments, thread, threads):
         O_, G_, rows_, panels_ = get(arguments, O), get(arguments, G), get(arguments, ROWS), get(arguments, PANELS)
-        all_rows = get(arguments, C) * get(arguments, KH) * get(arguments, KW)
-        all_panels = (O_ + width - 1) // width
-        down = (get(arguments, OH) + get(arguments, HIGH) - 1) // get(arguments, HIGH)
-        across = (get(arguments, OW) + get(arguments, WIDE) - 1) // get(arguments, WIDE)
-        chunks = (get(arguments, N) + get(arguments, IMAGES) - 1) // get(arguments, IMAGES) * down * across
-        parts, apart, ending = get(arguments, PARTS), get(arguments, APART), get(arguments, ENDING)
+        taps = get(arguments, KH) * get(arguments, KW)
+        lists = taps if get(arguments, BY_TAPS) else 1
+        all_rows, all_panels = get(arguments, C) * taps, (O_ + width - 1) // width
+        chunks = (get(arguments, N) + get(arguments, IMAGES) - 1) // get(arguments, IMAGES)
+        chunks *= (get(arguments, OH) + get(arguments, HIGH) - 1) // get(arguments, HIGH)
+        chunks *= (get(arguments, OW) + get(arguments, WIDE) - 1) // get(arguments, WIDE)
+        parts, what = get(arguments, PARTS), get(arguments, WHAT)
         single = parts == 1 and chunks <= get(arguments, LOT)
-        block = width * ((rows_ + most - 1) // most * most) * panels_
-        scratch = (get(arguments, SCRATCH) + 63) // 64 * 64
-        partial = scratch + threads * get(arguments, PER_THREAD)
-        y = scratch + thread * get(arguments, PER_THREAD)
-        total = y + size * block
-        grand = total + 8 * block
-        rest = (grand + 8 * block) if single == 0 else total
+        block = (rows_ // lists + most - 1) // most * most * lists * width * panels_
+        y = (get(arguments, SCRATCH) + 63) // 64 * 64
+        partial = y + threads * get(arguments, PER_THREAD)
+        y += thread * get(arguments, PER_THREAD)
+        grand = y + size * block
+        total = grand + 8 * block
+        rest = total + 8 * block if single == 0 else grand
         down, across = (all_rows + rows_ - 1) // rows_, (all_panels + panels_ - 1) // panels_
         blocks = G_ * down * across
-        shares = parts if apart and ending == 0 else 1
-        if ending:
+        shares = 1
+        if what == PARTIAL:
+            shares = parts
+        elif what == ENDING:
             shares = threads
         tasks = blocks * shares
         for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
@@ -445,35 +546,30 @@ def _kernel(problem: Conv2dProblem, lanes: Lanes, vectors: int) -> Callable[...,
             g, m0, o0 = place // (down * across), place // across % down * rows_, place % across * panels_
             m1, panels = min(all_rows, m0 + rows_), min(panels_, all_panels - o0)
             o0 *= width
-            padded = (m1 - m0 + most - 1) // most * most
-            if ending:
+            held = ((m1 - m0) // lists + most - 1) // most * most * lists * width
+            if what == SUMS:
+                for part in range(parts):
+                    summed(
+                        arguments, g, m0, m1, o0, panels, part * chunks // parts, (part + 1) * chunks // parts, rest, y,
+                        size * held, grand if part == 0 else total, single,
+                    )  # fmt: skip
+                    if part > 0:
+                        add_totals((grand, total, panels * held, 1))
+                if single == 0:
+                    rounded((y, grand, panels * held))
+                written(arguments, g, m0, m1, o0, panels, y, size * held)
+            elif what == PARTIAL:
+                summed(
+                    arguments, g, m0, m1, o0, panels, share * chunks // parts, (share + 1) * chunks // parts, rest, y,
+                    size * held, partial + 8 * (share * blocks + place) * block, 0,
+                )  # fmt: skip
+            else:
                 first, last = (m1 - m0) * share // shares, (m1 - m0) * (share + 1) // shares
-                if first == last:
-                    continue
-                for panel in range(panels):
-                    begin = partial + 8 * (place * block + (panel * padded + first) * width)
+                for panel in range(panels if first < last else 0):
+                    begin = partial + 8 * (place * block + panel * held + first * width)
                     for part in range(1, parts):
                         add_totals((begin, begin + 8 * part * blocks * block, (last - first) * width, 1))
                     rounded((y, begin, (last - first) * width))
                     written(arguments, g, m0 + first, m0 + last, o0 + panel * width, 1, y, 0)
-                continue
-            if apart:
-                summed(
-                    arguments, g, m0, m1, o0, panels, share * chunks // parts, (share + 1) * chunks // parts, rest, y,
-                    partial + 8 * (share * blocks + place) * block, 0,
-                )  # fmt: skip
-                continue
-            held = panels * padded * width
-            for part in range(parts):
-                to = grand if part == 0 else total
-                summed(
-                    arguments, g, m0, m1, o0, panels, part * chunks // parts, (part + 1) * chunks // parts, rest, y, to,
-                    single,
-                )  # fmt: skip
-                if part > 0:
-                    add_totals((grand, total, held, 1))
-            if single == 0:
-                rounded((y, grand, held))
-            written(arguments, g, m0, m1, o0, panels, y, size * padded * width)
 
     return work

@@ -1,10 +1,10 @@
 """The micro-kernel of weight gradients, and the two transposes around it.
 
-    y[i, o] = (y[i, o] +) Σ_k x[place[i] + off[k]] · A[k, o]          0 ≤ i < MP, 0 ≤ o < NV·lanes
+    y[i·ld + o] = (y[i·ld + o] +) Σ_k x[place[i] + at[k]] · A[from[k] + o]          0 ≤ i < MP, 0 ≤ o < NV·lanes
 
 The summed index k runs over output pixels. A is the gradient of y, packed with the output channels side by side; x is
-read where it lies: ``off`` says where pixel k is, and ``place`` where the channel and the tap of row i are. These two
-tables make one kernel of any stride, dilation, padding and memory layout.
+read where it lies: a list of pairs says where pixel k is in x and in A, and ``place`` where row i, a channel, begins.
+These tables make one kernel of any stride, dilation, padding and memory layout.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from llvmlite import ir
+
 from gpuconv.backends.numba_cpu.copies import LETTERS
 from gpuconv.backends.numba_cpu.vectors import I64, Emitter, Lanes, Value, routine
 
 
 @functools.lru_cache(maxsize=64)
 def tile(lanes: Lanes, rows: int, vectors: int) -> Any:
-    """The micro-kernel: a function of (A, x, off, place, y, K, accumulate).
+    """The micro-kernel: a function of (A, x, list, place, y, K, ld, accumulate).
 
-    Each call sums its K products from zero and only then adds what was in y, whose rows follow one another.
+    Each call sums its K products, of which there is at least one, from zero and only then adds what was in y.
     """
-    width = vectors * lanes.count
 
-    def emit(e: Emitter, a: Value, x: Value, off: Value, place: Value, y: Value, K: Value, accumulate: Value) -> None:
+    def emit(e: Emitter, a: Value, x: Value, pairs: Value, place: Value, y: Value, K: Value, ld: Value,
+             accumulate: Value) -> None:  # fmt: skip
         builder = e.builder
         entry, loop, after, add, write = builder.block, *(e.block(name) for name in ("loop", "after", "add", "write"))
         addresses = [e.at(x, builder.load(e.at(place, i))) for i in range(rows)]
@@ -34,7 +36,8 @@ def tile(lanes: Lanes, rows: int, vectors: int) -> Any:
         k = builder.phi(I64)
         k.add_incoming(I64(0), entry)
         sums = e.sums(rows, vectors, [(entry, None)])
-        offset, here = builder.load(e.at(off, k)), e.at(a, e.times(k, width))
+        pair = e.at(pairs, builder.shl(k, I64(1)))
+        offset, here = builder.load(pair), e.at(a, builder.load(e.at(pair, 1)))
         gradients = [e.load(e.at(here, j * lanes.count)) for j in range(vectors)]
         new = []
         for i in range(rows):
@@ -48,7 +51,7 @@ def tile(lanes: Lanes, rows: int, vectors: int) -> Any:
         builder.cbranch(builder.icmp_signed("<", following, K), loop, after)
 
         builder.position_at_end(after)
-        places = [[e.at(y, i * width + j * lanes.count) for j in range(vectors)] for i in range(rows)]
+        places = [[e.at(y, e.times(ld, i), j * lanes.count) for j in range(vectors)] for i in range(rows)]
         builder.cbranch(builder.icmp_signed("!=", accumulate, I64(0)), add, write)
         builder.position_at_end(add)
         more = [[builder.fadd(e.load(places[i][j]), new[i][j]) for j in range(vectors)] for i in range(rows)]
@@ -59,7 +62,7 @@ def tile(lanes: Lanes, rows: int, vectors: int) -> Any:
             for j in range(vectors):
                 e.store(totals[i][j], places[i][j])
 
-    return routine(f"weight_grad_{lanes}_{rows}x{vectors}", lanes, "eetteii", emit)
+    return routine(f"weight_grad_{lanes}_{rows}x{vectors}", lanes, "eetteiii", emit)
 
 
 def _turned(e: Emitter, vectors: list[Value]) -> list[Value]:
@@ -137,36 +140,38 @@ def outward(lanes: Lanes, stored: str) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def totals(lanes: Lanes) -> tuple[Any, Any]:
-    """Two functions between sums and totals in float64: add(total, sums, count, more) with ``more`` = 0 where the total
-    begins, and rounded(sums, total, count). Counts are multiples of the lanes.
+    """Two functions between sums and totals in float64: add(total, sums, count, more), which begins a total where
+    ``more`` is 0, and rounded(sums, total, count). Counts are multiples of the lanes.
     """
+    wide = ir.VectorType(ir.DoubleType(), lanes.count)
+
+    def loaded(e: Emitter, place: Value) -> Value:
+        value = e.builder.load(e.builder.bitcast(place, wide.as_pointer()))
+        value.align = 8
+        return value
+
+    def store(e: Emitter, value: Value, place: Value) -> None:
+        e.builder.store(value, e.builder.bitcast(place, wide.as_pointer())).align = 8
 
     def add(e: Emitter, total: Value, sums: Value, count: Value, more: Value) -> None:
-        builder = e.builder
-        wide = _wide(e)
-        going_on = builder.icmp_signed("!=", more, I64(0))
-
-        def begin(i: Value) -> None:
-            wide.store(_widened(e, wide, e.load(e.at(sums, i))), wide.at(total, i))
+        def widened(i: Value) -> Value:
+            value = e.load(e.at(sums, i))
+            return value if lanes.dtype == "float64" else e.builder.fpext(value, wide)
 
         def go_on(i: Value) -> None:
-            place = wide.at(total, i)
-            wide.store(builder.fadd(wide.load(place), _widened(e, wide, e.load(e.at(sums, i)))), place)
+            place = e.at(total, i)
+            store(e, e.builder.fadd(loaded(e, place), widened(i)), place)
 
-        with builder.if_else(going_on) as (then, otherwise):
-            with then:
+        with e.builder.if_else(e.builder.icmp_signed("!=", more, I64(0))) as (going_on, beginning):
+            with going_on:
                 e.loop(0, count, lanes.count, go_on)
-            with otherwise:
-                e.loop(0, count, lanes.count, begin)
+            with beginning:
+                e.loop(0, count, lanes.count, lambda i: store(e, widened(i), e.at(total, i)))
 
     def rounded(e: Emitter, sums: Value, total: Value, count: Value) -> None:
-        wide = _wide(e)
-
         def body(i: Value) -> None:
-            value = wide.load(wide.at(total, i))
-            if lanes.dtype != "float64":
-                value = e.builder.fptrunc(value, e.vector)
-            e.store(value, e.at(sums, i))
+            value = loaded(e, e.at(total, i))
+            e.store(value if lanes.dtype == "float64" else e.builder.fptrunc(value, e.vector), e.at(sums, i))
 
         e.loop(0, count, lanes.count, body)
 
@@ -174,18 +179,3 @@ def totals(lanes: Lanes) -> tuple[Any, Any]:
         routine(f"weight_grad_add_{lanes}", lanes, "deii", add),
         routine(f"weight_grad_rounded_{lanes}", lanes, "edi", rounded),
     )
-
-
-def _wide(e: Emitter) -> Emitter:
-    """An emitter of float64 vectors into the same function."""
-    wide = Emitter.__new__(Emitter)
-    wide.function, wide.builder, wide.lanes = e.function, e.builder, Lanes("float64", e.lanes.count)
-    return wide
-
-
-def _widened(e: Emitter, wide: Emitter, value: Value) -> Value:
-    from llvmlite import ir
-
-    if e.lanes.dtype == "float64":
-        return value
-    return e.builder.fpext(value, ir.VectorType(ir.DoubleType(), wide.lanes.count))
