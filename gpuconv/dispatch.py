@@ -33,6 +33,7 @@ TABLE = (
     "numba_cpu.pointwise",
     "numba_cpu.merged",
     "numba_cpu.strip",
+    "numba_cpu.weight_planes",
     "numba_cpu.weight_grad",
     "numpy.gemm",
     "numpy.patches",
