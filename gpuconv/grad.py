@@ -253,14 +253,23 @@ def conv2d_bias(
     return arrays.deliver(total.array, gradient) if out is None else out
 
 
-def _computed(call: str, key: Hashable | None, asked: request.Request, *where: Any) -> Any:
+def _computed(
+    call: str,
+    key: Hashable | None,
+    asked: request.Request,
+    out: Any,
+    device: Any,
+    backend: Any,
+    limit: Any,
+    stream: Any,
+) -> Any:
     """The result of ``request.compute``; the call is remembered under ``key``."""
 
     def done(choice: Choice) -> None:
         if key is not None:
             quick.remember(key, quick.of_request(asked, choice, None))
 
-    return request.compute(call, asked, *where, done=done)
+    return request.compute(call, asked, out, device, backend, limit, stream, done=done)
 
 
 def _size(call: str, name: str, value: Any) -> tuple[int, ...]:

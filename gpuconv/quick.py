@@ -58,7 +58,7 @@ def find(key: Hashable) -> Ready | None:
 
 
 def repeated(key: Hashable | None, first: Any, second: Any) -> Any | None:
-    """The result of the call remembered under ``key``, or None: the long way has it, or knows what takes less memory."""
+    """The result of the call remembered under ``key``, or None: the long way has it, or what takes less memory."""
     ready = None if key is None else find(key)
     if ready is None:
         return None

@@ -56,11 +56,12 @@ def _start() -> None:
 def _run(name: str, problem: Conv2dProblem, target: Target) -> None:
     implementation = dispatch.implementation(name)
     dtype = dtypes.numpy_dtype(problem.x_dtype)
-    shapes = [*problem.operand_shapes, problem.result_shape]
-    if problem.layout == "NHWC":  # all but kernels
-        kernel = 2 if problem.op == "weight_grad" else 1
-        shapes = [s if i == kernel else tuple(s[axis] for axis in (0, 2, 3, 1)) for i, s in enumerate(shapes)]
-    x, k, y = (np.zeros(shape, dtype) for shape in shapes)
+    images = [problem.x_shape, problem.y_shape]
+    if problem.layout == "NHWC":
+        images = [(N, H, W, C) for N, C, H, W in images]
+    first, last = (np.zeros(shape, dtype) for shape in images)
+    kernel = np.zeros(problem.k_shape, dtype)
+    x, k, y = (first, kernel, last) if problem.op == "forward" else (first, last, kernel)
     plan = implementation.plan(problem, target, 1 << 28)
     views = [request.view(problem, which, array) for which, array in enumerate((x, k, y))]
     operands = Operands(views[0], views[1])

@@ -1,4 +1,4 @@
-"""The gradient of a convolution in its kernel, without im2col: output channels in the lanes, pixels as the summed index.
+"""The gradient of a convolution in its kernel, without im2col: output channels in the lanes, a sum over pixels.
 
     dK[o,c,p,q] = Σ_nij dy[n,o,i,j] · x[n,c, i·s+p·d-pad, j·s+q·d-pad]
 
@@ -148,6 +148,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         return threads * each(block, panels) + tables + offsets + 4096
 
     panels = max(1, min(all_panels, _OUTPUTS // width))
+
     def cached(share: int) -> bool:
         return share * lists * panels * width * size <= _SUMS and copied(share * lists) <= _INPUTS
 
@@ -168,8 +169,10 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         while outer * blocks % threads and shares // (blocks + 1) >= most:
             blocks += 1
         if blocks > 1:
-            block = min(share, -(-(-(-shares // blocks)) // (most // 2)) * (most // 2)) * lists
-    workspace = scratch(threads, block, panels) + (apart_bytes(block, panels) if apart else 0)
+            even, tile = -(-shares // blocks), most // 2
+            block = min(share, -(-even // tile) * tile) * lists
+    partial = apart_bytes(block, panels) if apart else 0
+    workspace = scratch(threads, block, panels) + partial
     detail = (
         f"chunks of {pixels} pixels, blocks of {block} rows × {panels * width} output channels, {lanes}"
         + f", in {parts} parts" * (parts > 1)
@@ -178,7 +181,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     config = {
         "lanes": lanes, "vectors": vectors, "threads": threads, "geometry": geometry, "shape": shape, "chunk": chunk,
         "lot": lot, "sums": parts, "apart": apart, "block": block, "panels": panels, "extra": 0,
-        "lists": lists, "each": (each(block, panels) + 63) // 64 * 64, "partial": apart_bytes(block, panels) if apart else 0,
+        "lists": lists, "each": (each(block, panels) + 63) // 64 * 64, "partial": partial,
     }  # fmt: skip
     return Plan(problem, workspace, lanes.dtype, detail, config)
 
@@ -354,7 +357,7 @@ def _writer(lanes: Lanes, vectors: int, stored: str) -> Any:
         for panel in range(panels):
             sums, o = y + panel * panel_step, o0 + panel * width
             if whole:
-                for part in range(vectors):
+                for _ in range(vectors):
                     present = min(O_ - o, count)
                     if present > 0:
                         outward((start + o * sko + m0 * given, sums, sko // given, m1 - m0, present, width))

@@ -22,7 +22,6 @@ from gpuconv.backends.numba_cpu import dense, runtime, strip
 from gpuconv.backends.numba_cpu.copies import compiled, rows
 from gpuconv.backends.numba_cpu.strip import (
     COLUMN_EXTENT,
-    FILL,
     HIGH,
     KH,
     KW,
@@ -54,7 +53,7 @@ from gpuconv.backends.numba_cpu.strip import (
     X,
     Y,
 )  # fmt: skip
-from gpuconv.backends.numba_cpu.vectors import I64, SIZE, Emitter, Lanes, Value, get, routine, scalar
+from gpuconv.backends.numba_cpu.vectors import I64, Emitter, Lanes, Value, get, routine, scalar
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
@@ -182,7 +181,8 @@ def correlation(lanes: Lanes, taps: int) -> Any:
              totals: Value, more: Value) -> None:  # fmt: skip
         builder = e.builder
         addresses = [e.at(x, builder.load(e.at(off, t))) for t in range(taps)]
-        entry, row, vector, ended, after = builder.block, *(e.block(name) for name in ("row", "vector", "ended", "after"))
+        entry = builder.block
+        row, vector, ended, after = (e.block(name) for name in ("row", "vector", "ended", "after"))
         builder.branch(row)
 
         builder.position_at_end(row)
