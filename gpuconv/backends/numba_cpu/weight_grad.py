@@ -160,7 +160,8 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     )
     block = share * lists
     in_place = (lists > 1 or problem.padding == NO_PADS) and problem.x_dtype == lanes.dtype
-    apart = 1 < threads <= parts and scratch(threads, block, panels) + apart_bytes(block, panels) <= limit
+    apart = threads > 1 and parts >= min(threads, max(shares // most * all_panels, 2))
+    apart = apart and scratch(threads, block, panels) + apart_bytes(block, panels) <= limit
     if not apart:
         if in_place and all_panels % threads == 0:
             panels = min(panels, all_panels // threads)
