@@ -4,12 +4,14 @@
 
 With one output channel there is nothing to put side by side but the pixels of a row. For a padded strip of one channel
 of x, each vector of a row of dy is multiplied with the vectors that some taps read, into one vector of sums for each
-tap. The lanes are added up in float64 after every strip, of at most as many rows as one sum of vectors is to have.
+tap. The lanes are added up in float64 after every strip, of at most as many rows as one sum of vectors is to have; the
+sums of strips are added up for about √n of the n strips, so that none is long in float64 either.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -73,8 +75,8 @@ _TAPS = (9, 5)
 _ALONE = 1 << 18  # products below which starting threads costs more than it gives
 
 # The table of arguments: that of the strips, with dy for y and dK for the weights, and then the offsets of all taps,
-# how many groups of taps there are of each size, whether dy is read in place, and elements of a strip.
-PLACED, MANY, SOME, DIRECT, STRIP = range(strip.END, strip.END + 5)
+# how many groups of taps there are of each size, whether dy is read in place, elements of a strip, strips of a lot.
+PLACED, MANY, SOME, DIRECT, STRIP, LOT = range(strip.END, strip.END + 6)
 
 
 def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
@@ -101,8 +103,9 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     shape = geometry.shape(high, wide, 1)
     many, some = _shares(problem.KH * problem.KW)
     outputs = problem.O // problem.groups
-    each = (shape.channel + high * wide) * lanes.size + 8 * (outputs + 1) * (many * _TAPS[0] + some * _TAPS[1]) + 256
+    each = (shape.channel + high * wide) * lanes.size + 16 * outputs * (many * _TAPS[0] + some * _TAPS[1]) + 256
     each = (each + 63) // 64 * 64
+    strips = problem.N * -(-problem.OH // high) * -(-problem.OW // wide)
     threads = target.threads if problem.result_size * problem.products >= _ALONE else 1
     threads = max(1, min(threads, problem.C))
     tables = geometry.down.phases * geometry.down.extent + geometry.across.phases * geometry.across.extent
@@ -110,7 +113,10 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
 
     (threads,) = schedule.fit((threads,), lambda t: t * each + tables, limit, f"{NAME} on {problem}")
     detail = f"strips of {high}×{wide} pixels of one channel, {lanes}"
-    config = {"lanes": lanes, "geometry": geometry, "shape": shape, "threads": threads, "each": each, "extra": 0}
+    config = {
+        "lanes": lanes, "geometry": geometry, "shape": shape, "threads": threads, "each": each, "extra": 0,
+        "lot": math.isqrt(strips) + 1,
+    }  # fmt: skip
     return Plan(problem, threads * each + tables, lanes.dtype, detail, config)
 
 
@@ -159,7 +165,7 @@ class Bound:
         placed = np.resize(offsets[-1:], many * _TAPS[0] + some * _TAPS[1])
         placed[: offsets.size] = offsets
         direct = dy.dtype == lanes.dtype and dy.strides[4] == lanes.size and dy.strides[3] % lanes.size == 0
-        entries += [placed.ctypes.data, many, some, direct, config["shape"].channel]
+        entries += [placed.ctypes.data, many, some, direct, config["shape"].channel, config["lot"]]
         kernel = runtime.kernel(kernel_name(plan), lambda: _kernel(problem, lanes))
         self.task = runtime.Task(kernel, entries, config["threads"], (kept, placed))
         self.scratch = config["threads"] * config["each"] + 64
@@ -241,7 +247,7 @@ def _kernel(problem: Conv2dProblem, lanes: Lanes) -> Callable[..., None]:
     many, some = (correlation(lanes, taps) for taps in _TAPS)
     fill = strip.filler(lanes, problem.x_dtype)
     read, _, _ = rows(lanes, problem.k_dtype)
-    load, _ = scalar("float64")
+    load, keep = scalar("float64")
     _, store = scalar(problem.y_dtype)
 
     @compiled
@@ -262,7 +268,9 @@ def _kernel(problem: Conv2dProblem, lanes: Lanes) -> Callable[..., None]:
         high, wide = get(arguments, HIGH), get(arguments, WIDE)
         reach_down, reach_across = get(arguments, PLACES) - high, get(arguments, COLUMN_EXTENT) - OW_
         step = 8 * (get(arguments, MANY) * count_many + get(arguments, SOME) * count_some)
-        more = 0
+        recent, held = totals + O_ * step, 0  # the totals of the strips of a lot, and how many they are
+        for t in range(0, O_ * step, 8):
+            keep(totals + t, 0.0)
         for n in range(get(arguments, N)):
             for i0 in range(0, OH_, high):
                 i1 = min(OH_, i0 + high)
@@ -282,15 +290,22 @@ def _kernel(problem: Conv2dProblem, lanes: Lanes) -> Callable[..., None]:
                                 at = source + i * get(arguments, SYH)
                                 read(beside + size * i * ldy, at, ldy, get(arguments, SYW))
                             source = beside
-                        multiply(arguments, copy, source, i1 - i0, j1 - j0, ldy, totals + o * step, more)
-                    more = 1
+                        multiply(arguments, copy, source, i1 - i0, j1 - j0, ldy, recent + o * step, held > 0)
+                    held += 1
+                    if held == get(arguments, LOT):
+                        for t in range(0, O_ * step, 8):
+                            keep(totals + t, load(totals + t) + load(recent + t))
+                        held = 0
+        if held > 0:
+            for t in range(0, O_ * step, 8):
+                keep(totals + t, load(totals + t) + load(recent + t))
 
     def work(arguments, thread, threads):
         C_, O_, KH_, KW_ = get(arguments, C), get(arguments, O), get(arguments, KH), get(arguments, KW)
         copy = (get(arguments, SCRATCH) + 63) // 64 * 64 + thread * get(arguments, PER_THREAD)
         totals = copy + (size * get(arguments, STRIP) + 63) // 64 * 64
         step = 8 * (get(arguments, MANY) * count_many + get(arguments, SOME) * count_some)
-        beside = (totals + O_ * step + 63) // 64 * 64
+        beside = (totals + 2 * O_ * step + 63) // 64 * 64
         tasks = get(arguments, G) * C_
         for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
             g, c = task // C_, task % C_
