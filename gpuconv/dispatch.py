@@ -34,6 +34,8 @@ TABLE = (
     "numba_cpu.pointwise",
     "numba_cpu.merged",
     "numba_cpu.strip",
+    "numba_cpu.weight_planes",
+    "numba_cpu.weight_grad",
     "numpy.gemm",
     "numpy.patches",
     "numpy.fft",
@@ -94,7 +96,8 @@ def implementation(name: str) -> Implementation:
     except ModuleNotFoundError as error:
         if library_of(name) != "numba_cpu" or error.name not in ("numba", "llvmlite"):
             raise
-        return Absent(name, f"Numba is not installed ({error.name} is missing); pip install numba")
+        ops = ("weight_grad",) if ".weight_" in name else ("forward", "input_grad")
+        return Absent(name, f"Numba is not installed ({error.name} is missing); pip install numba", frozenset(ops))
     return module  # type: ignore[no-any-return]
 
 
@@ -104,8 +107,8 @@ class Absent:
 
     NAME: str
     reason: str
+    OPS: frozenset[str]
     DEVICE: str = "cpu"
-    OPS: frozenset[str] = frozenset(("forward", "input_grad"))
     ARRAYS: str = "numpy"
 
     def unavailable(self) -> str:

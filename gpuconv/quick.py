@@ -57,6 +57,17 @@ def find(key: Hashable) -> Ready | None:
     return ready if ready is not None and ready.holds() else None
 
 
+def repeated(key: Hashable | None, first: Any, second: Any) -> Any | None:
+    """The result of the call remembered under ``key``, or None: the long way has it, or what takes less memory."""
+    ready = None if key is None else find(key)
+    if ready is None:
+        return None
+    try:
+        return ready(first, second, None)
+    except MemoryError:
+        return None
+
+
 def remember(key: Hashable, ready: Ready | None) -> None:
     """Keep a call for the next one like it."""
     if ready is None:
@@ -92,6 +103,37 @@ def token(value: Any) -> Hashable:
 _UNTOLD: Any = []
 
 
+def key_of(call: str, first: Any, second: Any, options: tuple[Any, ...], unset: tuple[Any, ...]) -> Hashable | None:
+    """The key of a call of a gradient on two arrays; None where they are not NumPy's own or one of ``unset`` is set."""
+    if type(first) is not np.ndarray or type(second) is not np.ndarray or any(value is not None for value in unset):
+        return None
+    arrays_of = first.shape, first.strides, first.dtype, second.shape, second.strides, second.dtype
+    return call, arrays_of, tuple(map(token, options))
+
+
+class _Phases:
+    """An input gradient: its forward convolutions, each bound to its part of the operands and of the result."""
+
+    def __init__(self, implementation: Any, plan: Any, x: Any, k: Any, out: Any) -> None:
+        self.problem = plan.problem
+        self.complete = plan.config["complete"]
+        self.parts = []
+        for phase, part in plan.config["parts"]:
+            taps, outputs = (phase.rows.taps, phase.columns.taps), (phase.rows.outputs, phase.columns.outputs)
+            of_k, of_out = k.swapaxes(1, 2)[(..., *taps)], out[(..., *outputs)]
+            self.parts.append((implementation.Bound(part, x, of_k, of_out), (..., *taps), (..., *outputs)))
+        self.alone = all(bound.alone for bound, _, _ in self.parts)
+
+    def __call__(self, x: Any, k: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
+        """Write the gradient into ``out``."""
+        if not self.complete:
+            out[...] = 0
+        x, k, out = (request.view(self.problem, which, array) for which, array in enumerate((x, k, out)))
+        k = k.swapaxes(1, 2)
+        for bound, taps, outputs in self.parts:
+            bound(x, k[taps], packed, bias, out[outputs])
+
+
 def of_request(asked: request.Request, choice: dispatch.Choice, keeper: request.Keeper | None) -> Ready | None:
     """The call that ``choice`` has just carried out, ready to be repeated; None where it cannot be."""
     implementation: Any = dispatch.implementation(choice.name)
@@ -102,6 +144,9 @@ def of_request(asked: request.Request, choice: dispatch.Choice, keeper: request.
     dtype = dtypes.numpy_dtype(problem.y_dtype)
     out = request.view(problem, 2, np.empty(asked.shape, dtype))
     packed = None
+    if problem.op == "input_grad":
+        phased = _Phases(implementation, choice.plan, x, k, out)
+        return Ready(phased, asked.shape, dtype, None, _runtime().thread_count())
     if keeper is not None:
         key = (choice.name, implementation.pack_key(choice.plan)), None, None
         packed = keeper.kept(key, lambda: implementation.pack(choice.plan, Operands(x, k)), None)
@@ -113,7 +158,8 @@ def _plain(asked: request.Request, problem: Conv2dProblem) -> bool:
     """Whether addresses and steps are all that a repetition needs to know of its arrays."""
     arrays = [operand.array for operand in (asked.first, asked.second, asked.bias) if operand is not None]
     return (
-        problem.op == "forward"
+        problem.op in ("forward", "input_grad", "weight_grad")
+        and asked.lift is None
         and not problem.flip
         and bool(problem.result_size and problem.products)
         and all(type(array) is np.ndarray and array.dtype.isnative for array in arrays)

@@ -22,24 +22,30 @@ _PROBLEMS = (
     "n1c1h40w80_o1kh5kw5_p2",
     "n1c1h40w80_o1kh7kw7_p3",
 )
+# Of weight gradients: few output channels, and each number of vectors of them.
+_WEIGHT_GRADIENTS = tuple(f"n2c20h9w9_o{outputs}kh3kw3_p1" for outputs in (4, 16, 32, 48, 64))
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 def steps(wanted: Sequence[str] = ("float32",)) -> Iterator[tuple[str, Callable[[], None]]]:
     """(what, do) for everything that may have to be compiled for arrays of the ``wanted`` dtypes."""
     yield "threads", _start
-    for name in dispatch.serving("forward", "cpu"):
-        if dispatch.library_of(name) != "numba_cpu":
-            continue
-        for dtype in wanted:
-            short = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}[dtype]
-            for line in _PROBLEMS:
-                for layout in ("", "_nhwc"):
-                    for precision in ("", "_high"):
-                        problem = Conv2dProblem.parse(f"{line}_{short}{layout}{precision}")
-                        target = Target("cpu", None, runtime.thread_count(), separable=True)  # weights of zero are
-                        if not dispatch.implementation(name).unsupported(problem, target):
-                            yield f"{name} {problem}", lambda n=name, p=problem, t=target: _run(n, p, t)  # type: ignore[misc]
+    for op, lines in (("forward", _PROBLEMS), ("weight_grad", _WEIGHT_GRADIENTS)):
+        for name in dispatch.serving(op, "cpu"):
+            if dispatch.library_of(name) == "numba_cpu":
+                yield from _of(name, lines, wanted)
+
+
+def _of(name: str, lines: Sequence[str], wanted: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
+    target = Target("cpu", None, runtime.thread_count(), separable=True)  # weights of zero are
+    for dtype in wanted:
+        short = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}[dtype]
+        for line in lines:
+            for layout in ("", "_nhwc"):
+                for more in ("_wgrad",) if lines is _WEIGHT_GRADIENTS else ("", "_high"):
+                    problem = Conv2dProblem.parse(f"{line}{layout}{more}_{short}")
+                    if not dispatch.implementation(name).unsupported(problem, target):
+                        yield f"{name} {problem}", lambda p=problem: _run(name, p, target)  # type: ignore[misc]
 
 
 def _start() -> None:
@@ -50,9 +56,12 @@ def _start() -> None:
 def _run(name: str, problem: Conv2dProblem, target: Target) -> None:
     implementation = dispatch.implementation(name)
     dtype = dtypes.numpy_dtype(problem.x_dtype)
-    shape = problem.x_shape if problem.layout == "NCHW" else tuple(problem.x_shape[axis] for axis in (0, 2, 3, 1))
-    result = problem.y_shape if problem.layout == "NCHW" else tuple(problem.y_shape[axis] for axis in (0, 2, 3, 1))
-    x, k, y = np.zeros(shape, dtype), np.zeros(problem.k_shape, dtype), np.empty(result, dtype)
+    images = [problem.x_shape, problem.y_shape]
+    if problem.layout == "NHWC":
+        images = [(N, H, W, C) for N, C, H, W in images]
+    first, last = (np.zeros(shape, dtype) for shape in images)
+    kernel = np.zeros(problem.k_shape, dtype)
+    x, k, y = (first, kernel, last) if problem.op == "forward" else (first, last, kernel)
     plan = implementation.plan(problem, target, 1 << 28)
     views = [request.view(problem, which, array) for which, array in enumerate((x, k, y))]
     operands = Operands(views[0], views[1])
