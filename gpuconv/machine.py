@@ -95,8 +95,8 @@ def _gpus() -> list[str]:
 
 
 def clear() -> None:
-    """Release cached plans, compiled kernels' handles, every ``Conv2d``'s packed and uploaded kernels, and what CuPy's
-    pools hold free.
+    """Release cached plans, compiled kernels' handles, every ``Conv2d``'s packed and uploaded kernels, the page-locked
+    memory through which NumPy arrays reach a GPU, and what CuPy's pools hold free.
     """
     dispatch.choose.cache_clear()
     quick.clear()
@@ -110,6 +110,9 @@ def clear() -> None:
     prepared = sys.modules.get("gpuconv.prepared")
     if prepared is not None:
         prepared.release()
+    pinned = sys.modules.get("gpuconv.pinned")
+    if pinned is not None:
+        pinned.release()
     if "cupy" in sys.modules and dispatch.implementation("cupy.gemm").unavailable() is None:
         import cupy
 

@@ -2,7 +2,8 @@
 
 Its arrays are NumPy's. ``RawKernel`` compiles the CUDA C++ with the host's compiler and runs its threads one after the
 other; ``gemmStridedBatchedEx`` reads and writes memory by the addresses, leading dimensions and steps it is given, as
-cuBLAS does, and notes the compute type. ``install()`` puts the modules in place; as a pytest plugin it does so at once.
+cuBLAS does, and notes the compute type. The current stream does everything at once; on another one a copy lands only
+when somebody waits for it, and until then its destination is NaN. As a pytest plugin it puts its modules in place.
 """
 
 from __future__ import annotations
@@ -155,6 +156,71 @@ class Pool:
 POOL = Pool()
 
 
+class Event:
+    def __init__(self, disable_timing: bool = False) -> None:
+        self.stream: Stream | None = None
+        self.count = 0
+
+    def synchronize(self) -> None:
+        if self.stream is not None:
+            self.stream.land(self.count)
+
+
+STREAMS: dict[int, Stream] = {}
+
+
+class Stream:
+    """Does nothing before it must."""
+
+    def __init__(self, non_blocking: bool = False) -> None:
+        self.ptr = 0x1000 + len(STREAMS)
+        self.asked: list[Any] = []
+        self.done = 0
+        STREAMS[self.ptr] = self
+
+    def record(self, event: Event) -> Event:
+        event.stream, event.count = self, len(self.asked)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        self.asked.append(event.synchronize)
+
+    def land(self, count: int) -> None:
+        while self.done < count:
+            self.done += 1
+            self.asked[self.done - 1]()
+            self.asked[self.done - 1] = None
+
+    def synchronize(self) -> None:
+        self.land(len(self.asked))
+
+
+class CurrentStream:
+    ptr = 0
+
+    def record(self, event: Event) -> Event:
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        event.synchronize()
+
+    def synchronize(self) -> None:
+        pass
+
+
+def memcpy_async(to: int, source: int, size: int, kind: int, stream: int) -> None:
+    ctypes.memset(to, 0xFF, size)
+    STREAMS[stream].asked.append(lambda: ctypes.memmove(to, source, size))
+
+
+PINNED: list[int] = []  # sizes of the blocks that were asked for
+
+
+def pinned_memory(size: int) -> bytearray:
+    PINNED.append(size)
+    return bytearray(b"\xff") * size
+
+
 def modules() -> dict[str, ModuleType]:
     cupy = ModuleType("cupy")
     cupy.get_default_memory_pool = cupy.get_default_pinned_memory_pool = lambda: POOL
@@ -174,14 +240,24 @@ def modules() -> dict[str, ModuleType]:
     cupy.empty = empty
     cupy.empty_like = lambda array: empty(array.shape, array.dtype)
     cupy.RawKernel = RawKernel
-    runtime = SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError)
+    runtime = SimpleNamespace(
+        getDeviceCount=lambda: 1,
+        CUDARuntimeError=RuntimeError,
+        memcpyAsync=memcpy_async,
+        memcpyHostToDevice=1,
+        memcpyDeviceToHost=2,
+    )
     cupy.cuda = SimpleNamespace(
         Device=Device,
         runtime=runtime,
         memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
         device=SimpleNamespace(get_cublas_handle=lambda: 0),
         ExternalStream=None,
-        get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
+        Event=Event,
+        Stream=Stream,
+        PinnedMemory=pinned_memory,
+        PinnedMemoryPointer=lambda memory, offset: memory,
+        get_current_stream=CurrentStream,
     )
     libs = ModuleType("cupy_backends.cuda.libs")
     libs.cublas = SimpleNamespace(gemmStridedBatchedEx=gemm_strided_batched_ex)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import dtypes
+from gpuconv import arrays, dtypes
 from gpuconv.backends import gemm as orchestration
 from gpuconv.backends import gemm_gradients
 from gpuconv.backends.protocol import Operands, Plan, Target
@@ -233,9 +233,9 @@ def gemm_calls(precision: str, a: Any, b: Any, out: Any) -> Iterator[tuple[int, 
     for index in range(groups if batch_images else images):
         at = (slice(None), index) if batch_images else (index, slice(None))
         left, right, result = (a[index] if batch_images else a), b[at], out[at]
-        a_call = (_address(left), _DATA_TYPES[a.dtype.name], a_ld, a_step // a.itemsize)
-        b_call = (_address(right), _DATA_TYPES[b.dtype.name], b_ld, b_step // b.itemsize)
-        out_call = (_address(result), _DATA_TYPES[out.dtype.name], out_ld, out_step // out.itemsize)
+        a_call = (arrays.address(left), _DATA_TYPES[a.dtype.name], a_ld, a_step // a.itemsize)
+        b_call = (arrays.address(right), _DATA_TYPES[b.dtype.name], b_ld, b_step // b.itemsize)
+        out_call = (arrays.address(result), _DATA_TYPES[out.dtype.name], out_ld, out_step // out.itemsize)
         batch = images if batch_images else groups
         if out_rows:
             # To cuBLAS a row-major matrix is its transpose: it goes in as it is (0), a column-major one turned (1).
@@ -252,10 +252,6 @@ def _blas_layout(array: Any) -> tuple[bool, int]:
     if layout is None:
         raise AssertionError(f"no BLAS layout for shape {array.shape} and strides {array.strides}")
     return layout
-
-
-def _address(array: Any) -> int:
-    return int(array.ctypes.data) if isinstance(array, np.ndarray) else int(array.data.ptr)
 
 
 @lru_cache(maxsize=8)
