@@ -127,9 +127,7 @@ def run_forward(library: Library, plan: Plan, operands: Operands, out: Any) -> N
             tables = tables or library.index_tables(problem)
             b = _columns(library, plan, tables, x[n, g], i, j, channels_last)
         elif c is not None:
-            wide_b, wide_c = _merge_images(b), _merge_images(c)
-            if wide_b is not None and wide_c is not None:
-                b, c = wide_b, wide_c
+            b, c = _merged(b, c)
         if c is not None:
             library.gemm(problem, matrix[g], b, c)
             if bias is not None or problem.activation is not None:
@@ -219,6 +217,12 @@ def _matrices(array: Any) -> Any | None:
     else:
         return None
     return flat if has_blas_layout(flat) else None
+
+
+def _merged(b: Any, c: Any) -> tuple[Any, Any]:
+    """The matrices of all images as one, where both allow it."""
+    wide_b, wide_c = _merge_images(b), _merge_images(c)
+    return (b, c) if wide_b is None or wide_c is None else (wide_b, wide_c)
 
 
 def _merge_images(matrices: Any) -> Any | None:
