@@ -131,6 +131,19 @@ def test_a_1x1_is_a_product_with_x_as_it_lies(asked, layout, groups, limit):
 
 
 @of_the_stand_in
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_images_with_channels_last_are_one_product(asked, groups, dtype):
+    """Planes of 7×7 are too small for a product each."""
+    x, k = integers((5, 9, 9, 16), dtype), integers((16, 16 // groups, 3, 3), dtype)
+    y = conv2d(x, k, groups=groups, layout="NHWC", backend="cupy.gemm")
+    np.testing.assert_array_equal(y, conv2d(x, k, groups=groups, layout="NHWC", backend="numpy.reference"))
+    (product,) = asked.products
+    assert product["batch"] == groups
+    assert {product["m"], product["n"]} == {16 // groups, 5 * 7 * 7}
+
+
+@of_the_stand_in
 def test_a_1x1_with_a_stride_is_not_taken_for_one_without(asked):
     ramp = np.arange(1, 10, dtype=np.float32).reshape(3, 3)
     np.testing.assert_array_equal(
@@ -200,7 +213,7 @@ def test_many_small_chunks_give_the_answer(asked, monkeypatch, run, dtype):
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("fraction", [1, 2, 5])
 def test_scratch_is_at_most_what_was_announced(asked, dtype, layout, groups, fraction):
-    x, k = integers((4, 8, 20, 20), dtype), integers((8, 8 // groups, 3, 3), dtype)
+    x, k = integers((9, 16, 10, 10), dtype), integers((8, 16 // groups, 3, 3), dtype)
     x = np.moveaxis(x, 1, -1) if layout == "NHWC" else x
     bias = integers((8,), dtype)
     options = {"groups": groups, "padding": 1, "activation": "relu", "layout": layout}

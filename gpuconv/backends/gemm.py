@@ -10,7 +10,8 @@ What differs between NumPy and CuPy is four primitives, passed in as ``library``
 - ``epilogue(problem, sums, bias, out)``: bias, activation and the rounding into the result
 
 Columns are made for a chunk at a time and never for the whole problem. A 1×1 convolution of stride 1 without padding
-needs none: its matrix is a view of x. For NHWC the columns keep the channels fastest, as x has them.
+needs none: its matrix is a view of x. For NHWC the columns keep the channels fastest, as x has them, and the images of a
+chunk make one product.
 """
 
 from __future__ import annotations
@@ -122,19 +123,17 @@ def run_forward(library: Library, plan: Plan, operands: Operands, out: Any) -> N
     for n, g, i, j in schedule.blocks(extents, extents if whole else plan.config["block"]):
         target = out[n, g, :, i, j]
         b = _matrices(x[n, g, :, i, j]) if plan.config["pointwise"] and x.dtype.isnative else None
-        c = _matrices(target) if in_place else None
         if b is None:
             tables = tables or library.index_tables(problem)
             b = _columns(library, plan, tables, x[n, g], i, j, channels_last)
-        elif c is not None:
-            b, c = _merged(b, c)
-        if c is not None:
-            library.gemm(problem, matrix[g], b, c)
-            if bias is not None or problem.activation is not None:
-                library.epilogue(problem, target, None if bias is None else bias[g], target)
-        else:
+        c = _matrices(target) if in_place else None
+        sums = target
+        if c is None:
             sums = _empty_sums(xp, target.shape, sums_dtype, channels_last)
-            library.gemm(problem, matrix[g], b, _matrices(sums))
+            c = _matrices(sums)
+        b, c = _merged(b, c)
+        library.gemm(problem, matrix[g], b, c)
+        if sums is not target or bias is not None or problem.activation is not None:
             library.epilogue(problem, sums, None if bias is None else bias[g], target)
 
 
@@ -185,8 +184,8 @@ def _columns(library: Library, plan: Plan, tables: Tables, x: Any, i: slice, j: 
     dtype = dtypes.numpy_dtype(plan.config["columns_in"])
     K, P = problem.products, pixels[0] * pixels[1]
     if channels_last:
-        storage = library.xp.empty((n, g, *pixels, *taps, C), dtype)
-        out, matrix = storage.transpose(0, 1, 6, 4, 5, 2, 3), storage.reshape((n, g, P, K)).transpose(0, 1, 3, 2)
+        storage = library.xp.empty((g, n, *pixels, *taps, C), dtype)
+        out, matrix = storage.transpose(1, 0, 6, 4, 5, 2, 3), storage.reshape((g, n, P, K)).transpose(1, 0, 3, 2)
     else:
         out = library.xp.empty((n, g, C, *taps, *pixels), dtype)
         matrix = out.reshape((n, g, K, P))
@@ -197,11 +196,11 @@ def _columns(library: Library, plan: Plan, tables: Tables, x: Any, i: slice, j: 
 
 
 def _empty_sums(xp: Any, shape: tuple[int, ...], dtype: Any, channels_last: bool) -> Any:
-    """Uninitialised (n, g, O, rows, columns), in memory in the order of the result."""
+    """Uninitialised (n, g, O, rows, columns), in memory in the order of the result, but group by group."""
     if not channels_last:
         return xp.empty(shape, dtype)
     n, g, O, rows, columns = shape
-    return xp.empty((n, g, rows, columns, O), dtype).transpose(0, 1, 4, 2, 3)
+    return xp.empty((g, n, rows, columns, O), dtype).transpose(1, 0, 4, 2, 3)
 
 
 def _matrices(array: Any) -> Any | None:
