@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from gpuconv import arrays, dispatch, dtypes, geometry, layouts, schedule
+from gpuconv import arrays, debug, dispatch, dtypes, geometry, layouts, schedule
 from gpuconv.arrays import Array, Operand
 from gpuconv.backends.phases import fill_with_bias
 from gpuconv.backends.protocol import Operands, Plan, Target
@@ -305,6 +305,8 @@ def execute(
                 if keeper is not None:
                     operands.packed = packed(choice.plan, operands)
                 implementation.run(choice.plan, operands, result)
+            if target.device == "cuda":
+                debug.launched(choice.name, problem)
         elif problem.result_size:
             fill_with_bias(problem, bias, result)
         for operand, source in sources:

@@ -23,7 +23,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from gpuconv import dispatch, dtypes, geometry, pinned, schedule
+from gpuconv import debug, dispatch, dtypes, geometry, pinned, schedule
 from gpuconv.arrays import Array
 from gpuconv.backends import tables
 from gpuconv.backends.protocol import Operands, Plan, Target
@@ -268,6 +268,7 @@ def compute(
     def launch(piece: Piece, slot: Slot) -> None:
         source, target = device_views(piece, slot)
         implementation.run(piece.plan, replace(operands, x=source), target)
+        debug.launched(name, piece.plan.problem)
 
     def drain(piece: Piece, slot: Slot) -> None:
         _, source = _views(piece.plan.problem, slot.sent, slot.received)

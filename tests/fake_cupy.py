@@ -294,6 +294,8 @@ def modules() -> dict[str, ModuleType]:
     cupy.ElementwiseKernel = ElementwiseKernel
     runtime = SimpleNamespace(
         getDeviceCount=lambda: 1,
+        driverGetVersion=lambda: 13000,
+        runtimeGetVersion=lambda: 13000,
         CUDARuntimeError=RuntimeError,
         memcpyAsync=memcpy_async,
         memcpyHostToDevice=1,

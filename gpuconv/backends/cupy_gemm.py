@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import arrays, dtypes
+from gpuconv import arrays, debug, diagnosis, dtypes
 from gpuconv.backends import gemm as orchestration
 from gpuconv.backends import gemm_gradients
 from gpuconv.backends.protocol import Operands, Plan, Target
@@ -51,7 +51,8 @@ def unavailable() -> str | None:
         except ImportError as error:
             return f"CuPy finds no cuBLAS ({str(error).splitlines()[0]}); {_REMEDY}"
         return None
-    return f"CuPy finds no usable GPU ({problem}); install NVIDIA's driver, or run on a machine with a GPU"
+    too_old = diagnosis.driver_too_old(diagnosis.facts({}))
+    return too_old or f"CuPy finds no usable GPU ({problem}); install NVIDIA's driver, or run on a machine with a GPU"
 
 
 def __getattr__(name: str) -> Any:
@@ -220,6 +221,7 @@ def im2col(problem: Conv2dProblem, tables: orchestration.Tables, x: Any, i: slic
     indices = [table.index for table in tables]
     grid, block = (min(-(-threads // 256), 2**31 - 1),), (256,)
     _im2col_kernel(x.itemsize)(grid, block, (x, raw, *indices, fill, facts, np.int64(threads)))
+    debug.launched("im2col", problem)
     if raw is not out:
         out[...] = raw
 
@@ -238,6 +240,7 @@ def gemm(problem: Conv2dProblem, a: Any, b: Any, out: Any) -> None:
     handle = cupy.cuda.device.get_cublas_handle()
     for arguments in gemm_calls(problem.precision, a, b, out):
         cublas.gemmStridedBatchedEx(handle, *arguments)
+        debug.launched("a product by cuBLAS", problem)
 
 
 def gemm_calls(precision: str, a: Any, b: Any, out: Any) -> Iterator[tuple[int, ...]]:
@@ -311,3 +314,4 @@ def epilogue(problem: Conv2dProblem, sums: Any, bias: Any | None, out: Any) -> N
     integer, relu = dtypes.is_integer(problem.y_dtype), problem.activation == "relu"
     kernel = _epilogue_kernel(integer, bias is not None, relu)
     kernel(*(array for array in (sums, bias, out) if array is not None))
+    debug.launched("the pass that finishes the result", problem)

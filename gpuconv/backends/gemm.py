@@ -10,8 +10,8 @@ What differs between NumPy and CuPy is four primitives, passed in as ``library``
 - ``epilogue(problem, sums, bias, out)``: bias, activation and the rounding into the result
 
 Columns are made for a chunk at a time and never for the whole problem. A 1×1 convolution of stride 1 without padding
-needs none: its matrix is a view of x. For NHWC the columns keep the channels fastest, as x has them, and the images of a
-chunk make one product.
+needs none: its matrix is a view of x. For NHWC the columns keep the channels fastest, as x has them, and the images of
+a chunk make one product.
 """
 
 from __future__ import annotations
