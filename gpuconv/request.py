@@ -250,7 +250,7 @@ def execute(
     """
     problem, home = request.problem, request.first.device
     implementation = dispatch.implementation(choice.name)
-    pieces = _pieces(request, choice, target, limit)
+    pieces = pieces_of(problem, home, choice, target, limit)
     # A kernel of our own takes whole host arrays as they are; everything else on a GPU takes CuPy arrays.
     ordinal = target.ordinal
     if target.device == "cpu" or (implementation.ARRAYS == "any" and home is None and pieces is None):
@@ -322,15 +322,17 @@ def execute(
         return out
 
 
-def _pieces(request: Request, choice: dispatch.Choice, target: Target, limit: int) -> list[Piece] | None:
+def pieces_of(
+    problem: Conv2dProblem, home: int | None, choice: dispatch.Choice, target: Target, limit: int
+) -> list[Piece] | None:
     """The pieces in which a host array goes through a GPU; None where it is moved whole, or need not be."""
-    if target.device == "cpu" or request.first.device is not None or not request.problem.products:
+    if target.device == "cpu" or home is not None or not problem.products:
         return None
     if dispatch.implementation("cupy.gemm").unavailable() is not None:  # CuPy's are the page-locked memory and streams
         return None
     from gpuconv import streaming  # with its threads, slow to import
 
-    return streaming.cut(choice.name, request.problem, target, limit)
+    return streaming.cut(choice.name, problem, target, limit)
 
 
 def _cast_bias(bias: Array | None, problem: Conv2dProblem) -> Array | None:

@@ -193,6 +193,15 @@ def cut(name: str, problem: Conv2dProblem, target: Target, limit: int) -> list[P
     return pieces if len(pieces) > 1 and 2 * (first.x_bytes + first.y_bytes) <= _RING else None
 
 
+def described(pieces: list[Piece]) -> str:
+    """The pieces in a sentence."""
+    first = pieces[0]
+    images = first.images.stop - first.images.start
+    size = f"{images} image(s)" if first.rows is None else f"{first.rows.stop - first.rows.start} rows of an image"
+    traffic = " and ".join(f"{bytes_ / 2**20:.3g} MiB" for bytes_ in (first.x_bytes, first.y_bytes))
+    return f"Host arrays go through the GPU in {len(pieces)} pieces of {size}, {traffic} up and down at a time."
+
+
 def _bytes(problem: Conv2dProblem) -> tuple[int, int]:
     """Bytes of the first operand and of the result."""
     x, y = map(math.prod, _shapes(problem))

@@ -255,6 +255,13 @@ def test_nan_reaches_its_windows_alone(tiny):
     np.testing.assert_array_equal(np.isnan(y), expected)
 
 
+def test_explain_says_in_which_pieces(tiny):
+    lines = [str(gpuconv.explain(x, (8, 4, 3, 3), device="cuda")) for x in ((12, 4, 8, 8), (1, 4, 96, 8), (1, 4, 3, 3))]
+    assert "Host arrays go through the GPU in 12 pieces of 1 image(s)" in lines[0]
+    assert "rows of an image" in lines[1]
+    assert "pieces" not in lines[2]
+
+
 SAME_BITS = """
 import fake_cupy, numpy as np
 from gpuconv import conv2d, pinned, streaming
