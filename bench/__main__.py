@@ -115,6 +115,7 @@ def gpu(context: click.Context, dry_run: bool, verify: bool, **options: Any) -> 
     rig = driver.rig(dry_run)
     if isinstance(rig, str):
         raise click.ClickException(rig)
+    click.echo(checks.versions(rig.name), err=True)
     for line in checks.missing():
         click.echo(f"missing: {line}", err=True)
     form = ("suites", "lines", "batch", "dtype", "layout", "precision")

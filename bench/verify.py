@@ -82,6 +82,13 @@ def _last_line(text: str | bytes | None) -> str:
     return lines[-1] if lines else ""
 
 
+def versions(device: str) -> str:
+    """The GPU and the version of everything that takes part, on a line."""
+    from bench import record
+
+    return f"{device}: " + ", ".join(f"{name} {version}" for name, version in record.versions().items())
+
+
 def missing() -> list[str]:
     """What this run goes without, each with its remedy."""
     from bench import peers

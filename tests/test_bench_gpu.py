@@ -131,9 +131,10 @@ def test_rehearsal_of_a_short_tour(tmp_path, monkeypatch):
     monkeypatch.setattr(verify.subprocess, "run", lambda command, **options: asked.append(command) or done)
     monkeypatch.setattr(record, "commit", lambda: None)
     path = tmp_path / "gpu.json"
-    result = CliRunner().invoke(main, ["gpu", "--dry-run", "--minutes", "2", "--json", str(path)])
+    result = CliRunner().invoke(main, ["gpu", "--dry-run", "--backend", "numpy", "--minutes", "2", "--json", str(path)])
     assert result.exit_code == 0, result.output
     assert "missing: cupy.gemm" in result.output or gpuconv.info().implementations["cupy.gemm"] is None
+    assert f"rehearsal on the CPU: python {sys.version.split()[0]}, gpuconv" in result.output
     kept = json.loads(path.read_text())
     assert kept["complete"] is True
     assert [row["suite"] for row in kept["rows"]] == [section.rows[0].suite for section in short]

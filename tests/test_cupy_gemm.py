@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import calls
 import fake_cupy
 import numpy as np
 import pytest
@@ -243,6 +244,30 @@ def test_chunks_shrink_when_the_pool_is_too_small(asked):
     finally:
         fake_cupy.POOL.set_limit(0)
     np.testing.assert_array_equal(conv2d(x, k, device="cuda", backend="cupy.gemm"), expected)
+
+
+TO_DIRECT = """
+import fake_cupy, numpy as np
+from gpuconv import conv2d, dispatch
+rng = np.random.default_rng(0)
+x, k = (rng.integers(-3, 4, shape).astype("f") for shape in ((1, 64, 3, 3), (8, 64, 3, 3)))
+expected = conv2d(x, k, backend="numpy.reference")
+ran = []
+direct = dispatch.implementation("numba_cuda.direct")
+real = direct.run
+direct.run = lambda *given: ran.append("direct") or real(*given)
+for limit in (0, 500, 0):  # one pixel's column takes 2304 bytes
+    fake_cupy.POOL.set_limit(limit)
+    assert np.array_equal(conv2d(x, k, device="cuda"), expected)
+    ran.append("right")
+print(*ran)
+"""
+
+
+def test_where_no_column_has_room_the_direct_kernel_runs():
+    """And cupy.gemm again when there is room: on the stand-in, and Numba's simulator."""
+    found = calls.child(TO_DIRECT, GPUCONV_TEST_FAKE_CUPY="1", NUMBA_ENABLE_CUDASIM="1")
+    assert found.split() == ["right", "direct", "right", "right"]
 
 
 # ---- the epilogue

@@ -170,5 +170,5 @@ def test_an_error_surfaces_at_its_launch(monkeypatch, faulty_gpu):
 def test_the_cpu_knows_nothing_of_it(monkeypatch, faulty_gpu):
     monkeypatch.setenv("GPUCONV_DEBUG", "1")
     assert dispatch.resolve("test", "cpu", None, None).device == "cpu"
-    gpuconv.conv2d(np.ones((3, 3)), np.ones((2, 2)), device="cpu")
+    gpuconv.conv2d(np.ones((3, 3)), np.ones((2, 2)), backend="numpy")
     assert Stream.waited == 0
