@@ -245,7 +245,7 @@ def cudnn(rig: Rig, problem: Conv2dProblem, given: Arrays, device: str) -> list[
 
     tf32 = problem.precision == "medium"
     activate = _activate(problem)
-    found = []
+    found, failed = [], []
     for name, form in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
 
         def make(form: Any = form) -> tuple[Any, ...]:
@@ -257,11 +257,12 @@ def cudnn(rig: Rig, problem: Conv2dProblem, given: Arrays, device: str) -> list[
 
         try:
             call = rotating(rig, problem, _torch_call(problem, device, form), make)
-        except Exception as error:  # no memory for its operands; the other format has had its turn, or will
-            return found or f"{type(error).__name__}: {error}"
+        except Exception as error:  # no memory for its operands, for example; the other format may take less
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+            continue
         setting = f"{name}, benchmark, TF32 {'allowed' if tf32 else 'not allowed'}"
         found.append(peers.Contender(setting, call, peers.from_tensor, None, activate))
-    return found
+    return found or "; ".join(failed)
 
 
 def _cudnn_refuses(problem: Conv2dProblem) -> str:

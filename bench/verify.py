@@ -12,6 +12,14 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
+# What only a GPU can show, most telling first; the rest of the tests takes many minutes and little of it is a GPU's.
+GPU_TESTS = (
+    "tests/test_gpu_memory.py",
+    "tests/test_streamed.py",
+    "tests/test_implementations.py",
+    "tests/test_family.py",
+)
+
 # A small convolution and both gradients on each usable implementation, in the dtypes that have kernels of their own.
 KERNELS = """
 import numpy as np, gpuconv
@@ -37,7 +45,7 @@ print(ran, "dtypes and implementations")
 
 def run(minutes: float, say: Callable[[str], None], rehearsal: bool = False) -> dict[str, Any]:
     """Each check with what came of it, within about ``minutes``; a check that cannot run says why."""
-    tests = ["tests/test_geometry.py"] if rehearsal else ["-m", "gpu or not full", "tests"]
+    tests = ["tests/test_geometry.py"] if rehearsal else [*GPU_TESTS, "-k", "cupy or numba_cuda or gpu or streamed"]
     checks: dict[str, list[str] | str] = {"tests": _pytest(tests)}
     script = [sys.executable, "-c", KERNELS.format(device="cpu" if rehearsal else "cuda")]
     sanitizer = shutil.which("compute-sanitizer")
@@ -60,7 +68,7 @@ def run(minutes: float, say: Callable[[str], None], rehearsal: bool = False) -> 
 def _pytest(tests: list[str]) -> list[str] | str:
     if not (ROOT / "tests").is_dir():
         return "the tests are not here"
-    return [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
 
 
 def _timed(command: list[str], seconds: float) -> dict[str, Any]:
