@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from bench import drive
+    from bench import record
     from bench.layers import Row
     from bench.timing import Clock, Effort
 
@@ -76,6 +76,7 @@ def cpu(names: tuple[str, ...], threads: int | None, quick: bool, **options: Any
     threads = threads or usable
     os.environ |= dict.fromkeys(_THREADS, str(threads))
     from bench import cpu as driver
+    from bench import drive as driving
     from bench import layers, peers, timing
 
     unknown = set(names) - set(peers.PEERS)
@@ -87,27 +88,58 @@ def cpu(names: tuple[str, ...], threads: int | None, quick: bool, **options: Any
         facts = {"peers": names, "threads": threads, "device": "cpu", "quick": quick}
         rows = [layers.tiny(row) if quick else row for row in _rows(options)]
         effort = timing.QUICK if quick else timing.Effort()
-        _run("cpu rehearsal" if quick else "cpu", rows, options | facts, enter, timing.WallClock(), effort)
+        clock = timing.WallClock()
+
+        def drive(book: record.Record, begin: Callable[[Row], None], say: Callable[[str], None]) -> str | None:
+            return driving.run(rows, enter, book, clock, options["minutes"], effort, say, begin)
+
+        _run("cpu rehearsal" if quick else "cpu", rows, options | facts, drive, clock, effort)
 
 
 @main.command()
 @_common(minutes=8)
 @click.option("--dry-run", is_flag=True, help="Go through all of it on the CPU, with tiny layers; no figures.")
-def gpu(dry_run: bool, **options: Any) -> None:
-    """Every usable CUDA implementation against cuDNN through PyTorch (the better of both memory formats)."""
+@click.option("--verify/--no-verify", default=True, help="Run the GPU's tests and compute-sanitizer afterwards.")
+@click.pass_context
+def gpu(context: click.Context, dry_run: bool, verify: bool, **options: Any) -> None:
+    """Every usable CUDA implementation against cuDNN through PyTorch (the better of both memory formats).
+
+    Without --suites, --problem or an option of form: the most telling layers first, in float32, TF32 and 16 bits, both
+    layouts, one image to 256, both gradients, and from NumPy to NumPy. A fifth of the time is kept for --verify.
+    """
     from bench import gpu as driver
-    from bench import layers, peers, timing
+    from bench import layers, peers, timing, tour
+    from bench import verify as checks
 
     _check_backend(options["backend"])
     rig = driver.rig(dry_run)
     if isinstance(rig, str):
         raise click.ClickException(rig)
-    rows = [layers.tiny(row) if dry_run else row for row in _rows(options)]
+    click.echo(checks.versions(rig.name), err=True)
+    for line in checks.missing():
+        click.echo(f"missing: {line}", err=True)
+    form = ("suites", "lines", "batch", "dtype", "layout", "precision")
+    default = click.core.ParameterSource.DEFAULT
+    if all(context.get_parameter_source(name) is default for name in form):
+        wanted = list(tour.sections(tiny=dry_run))
+    else:
+        rows = tuple(layers.tiny(row) if dry_run else row for row in _rows(options))
+        wanted = [tour.Section(rows)]
+        verify = False
     facts = {"device": rig.name, "dry_run": dry_run, "l2_bytes": rig.cache}
     effort = timing.QUICK if dry_run else timing.GPU
+    minutes = options["minutes"] * (0.8 if verify else 1)
+
+    def drive(book: record.Record, begin: Callable[[Row], None], say: Callable[[str], None]) -> str | None:
+        return tour.run(rig, options["backend"], wanted, book, minutes, effort, say, begin)
+
+    def finish(book: record.Record, say: Callable[[str], None]) -> None:
+        if verify:
+            book.note("verified", checks.run(0.2 * options["minutes"], say, dry_run))
+
+    every = [row for section in wanted for row in section.rows]
     with peers.torch_restored():
-        enter = driver.field(rig, options["backend"])
-        _run("gpu rehearsal" if dry_run else "gpu", rows, options | facts, enter, rig.clock(), effort)
+        _run("gpu rehearsal" if dry_run else "gpu", every, options | facts, drive, rig.clock(), effort, finish)
 
 
 @main.command()
@@ -172,19 +204,29 @@ def _progress(total: int) -> Iterator[tuple[Callable[[Row], None], Callable[[str
         yield begin, say
 
 
-def _run(kind: str, rows: list[Row], options: dict[str, Any], enter: drive.Enter, clock: Clock, effort: Effort) -> None:
+def _run(
+    kind: str,
+    rows: list[Row],
+    options: dict[str, Any],
+    drive: Callable[[record.Record, Callable[[Row], None], Callable[[str], None]], str | None],
+    clock: Clock,
+    effort: Effort,
+    finish: Callable[[record.Record, Callable[[str], None]], None] = lambda book, say: None,
+) -> None:
     from dataclasses import asdict
 
     from rich.console import Console
 
-    from bench import drive, record
+    from bench import record
 
     settings = {name: value for name, value in options.items() if name not in ("path", "picture")}
     path = options["path"] or Path("out") / f"bench-{kind.replace(' ', '-')}-{datetime.now():%Y%m%d-%H%M%S}.json"
     settings |= {"clock": clock.name, "effort": asdict(effort)}
     book = record.Record(path, kind, settings, rows)
     with _progress(len(rows)) as (begin, say):
-        stopped = drive.run(rows, enter, book, clock, options["minutes"], effort, say, begin)
+        stopped = drive(book, begin, say)
+        if stopped != "interrupted":
+            finish(book, say)
     record.show(book, Console(width=None if os.isatty(1) else 180))
     click.echo(f"{len(book.data['rows'])} of {len(rows)} rows in {path}")
     _draw(book.data, options["picture"] or path.with_suffix(".png"))

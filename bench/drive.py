@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.check import Arrays, Truth, Wrong, operands
+from bench import adjoints
+from bench.check import Arrays, Truth, Wrong
 from bench.layers import Row
 from bench.peers import Contender
 from bench.record import Record
@@ -49,9 +50,13 @@ def run(
     effort: Effort,
     say: Callable[[str], None] = lambda line: None,
     begin: Callable[[Row], None] = lambda row: None,
+    forgiving: bool = False,
+    after: int = 0,
 ) -> str | None:
     """Measure ``rows`` within about ``minutes``; each is on file before the next begins. Returns why it stopped.
 
+    A row that fails, for want of memory for example, ends the run, or is noted if ``forgiving``. Time is left for
+    ``after`` rows that follow in another call.
     ``begin`` is told each row before it is measured, ``say`` one line with its ratios afterwards.
     """
     deadline = time.monotonic() + 60 * minutes
@@ -63,7 +68,12 @@ def run(
                 stopped = f"out of time after {minutes:g} minutes"
                 break
             begin(row)
-            measured = measure(row.problem, enter, clock, left / (len(rows) - index), effort)
+            try:
+                measured = measure(row.problem, enter, clock, left / (len(rows) - index + after), effort)
+            except Exception as error:
+                if not forgiving:
+                    raise
+                measured = {"gpuconv": {"row": {"refused": _sentence(error)}}, "peers": {}, "ratios": {}}
             record.add(row, measured)
             say(_line(row, measured))
     except KeyboardInterrupt:
@@ -80,8 +90,8 @@ def measure(
 ) -> dict[str, Any]:
     """One row: gpuconv and peers checked, then timed against one another in about ``seconds`` in all."""
     start = time.monotonic()
-    given = operands(problem)
-    truth = truth or Truth(problem, given)
+    given = adjoints.operands(problem)
+    truth = truth or adjoints.truth(problem, given, effort.checked)
     field = enter(problem, given)
     measured: dict[str, Any] = {"gpuconv": {}, "peers": {}, "ratios": {}}
     calls: dict[tuple[str, str], Contender] = {}

@@ -1,8 +1,8 @@
 """The GPU's field: every usable CUDA implementation of gpuconv, and cuDNN through PyTorch.
 
 Operands are on the GPU. As many sets of them as exceed the L2 cache twice are used in turn, and as many results are
-kept alive, so that neither side reads or writes what the call before left in the cache. A first version: no prepared
-weights, and no separate account of a fused epilogue.
+kept alive, so that neither side reads or writes what the call before left in the cache. Gradients take part as the
+forward convolution does; ``from_host`` is the field of NumPy arrays, copies to the GPU and back included.
 """
 
 from __future__ import annotations
@@ -137,14 +137,18 @@ def field(rig: Rig, backend: str | None) -> drive.Enter:
 
     def enter(problem: Conv2dProblem, given: Arrays) -> drive.Field:
         ours: dict[str, drive.Ours | str] = {}
-        to_nchw = peers.to_nchw(problem)
+        to_nchw = peers.to_nchw(problem) if problem.op != "weight_grad" else lambda y: y
         for name in rig.implementations():
             if name not in wanted:
                 continue
             if name != backend and gpuconv.explain(str(problem), backend=name).implementation is None:
                 continue  # one for other shapes, which nobody asked for by its name
-            call = partial(gpuconv.conv2d, **arguments(problem), backend=name)
-            turning = rotating(rig, problem, call, lambda: tuple(_arrays(rig, problem, given)))
+            call = calling(problem, backend=name)
+            try:
+                turning = rotating(rig, problem, call, lambda: tuple(_arrays(rig, problem, given)))
+            except Exception as error:  # no memory for the operands: the next implementation may need none
+                ours[name] = f"{type(error).__name__}: {error}"
+                continue
             contender = peers.Contender("plain call", turning, lambda y: to_nchw(rig.host(y)))
             ours[name] = drive.Ours(name, contender)
         return drive.Field(ours, rig.peers(problem, given))
@@ -154,6 +158,66 @@ def field(rig: Rig, backend: str | None) -> drive.Enter:
 
 def _arrays(rig: Rig, problem: Conv2dProblem, given: Arrays) -> list[Any]:
     return [None if values is None else rig.array(problem, values) for values in (given.x, given.k, given.bias)]
+
+
+def calling(problem: Conv2dProblem, **where: Any) -> Callable[[Any, Any, Any], Any]:
+    """gpuconv's operator for the problem's op, of its first operand, its second and the bias."""
+    options = arguments(problem) | where
+    if problem.op == "input_grad":
+        N, C, H, W = problem.x_shape
+        size = (N, C, H, W) if problem.layout == "NCHW" else (N, H, W, C)
+        return lambda dy, k, bias: gpuconv.grad.conv2d_input(size, k, dy, **_of_gradient(options))
+    if problem.op == "weight_grad":
+        return lambda x, dy, bias: gpuconv.grad.conv2d_weight(x, problem.k_shape, dy, **_of_gradient(options))
+    return partial(gpuconv.conv2d, **options)
+
+
+def _of_gradient(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in ("activation", "padding_mode")}
+
+
+def from_host(rig: Rig) -> drive.Enter:
+    """Who takes part from NumPy to NumPy: gpuconv with ``device="cuda"``, and PyTorch with copies both ways."""
+    device = "cpu" if type(rig) is Rig else "cuda"
+
+    def enter(problem: Conv2dProblem, given: Arrays) -> drive.Field:
+        call = partial(calling(problem, device=device), given.x, given.k, given.bias)
+        label = f"device={device}"
+        ours = drive.Ours(label, peers.Contender("plain call", call, peers.to_nchw(problem)))
+        return drive.Field({label: ours}, {"torch": _torch_from_host(problem, given, device)})
+
+    return enter
+
+
+def _torch_from_host(problem: Conv2dProblem, given: Arrays, device: str) -> list[peers.Contender] | str:
+    """PyTorch from ordinary memory, and from and to memory that was page-locked ahead."""
+    why = _cudnn_refuses(problem)
+    if why:
+        return why
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        return "this PyTorch finds no GPU"
+    x, k, bias = peers.tensors(problem, given, "cpu")
+    weights = k.to(device), None if bias is None else bias.to(device)
+
+    def plain() -> Any:
+        return peers.convolution(problem, x.to(device), *weights)().cpu()
+
+    found = [peers.Contender(".to(device), .cpu()", plain, peers.from_tensor, None, _activate(problem))]
+    if device == "cuda":
+        locked = x.pin_memory()
+        place = torch.empty_like(plain(), pin_memory=True)
+
+        def pinned() -> Any:
+            y = peers.convolution(problem, locked.to(device, non_blocking=True), *weights)()
+            place.copy_(y, non_blocking=True)
+            torch.cuda.synchronize()
+            return place
+
+        setting = "operand and result page-locked ahead"
+        found.append(peers.Contender(setting, pinned, peers.from_tensor, None, _activate(problem)))
+    return found
 
 
 def rotating(
@@ -174,29 +238,67 @@ def rotating(
 
 def cudnn(rig: Rig, problem: Conv2dProblem, given: Arrays, device: str) -> list[peers.Contender] | str:
     """PyTorch's convolution in both memory formats, each with the algorithm that cuDNN finds fastest."""
-    peer = peers.PEERS["torch"]
-    why = peer.missing() or "; ".join(peer.unsupported(problem))
+    why = _cudnn_refuses(problem)
     if why:
         return why
     import torch
 
     tf32 = problem.precision == "medium"
+    activate = _activate(problem)
+    found, failed = [], []
+    for name, form in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+
+        def make(form: Any = form) -> tuple[Any, ...]:
+            x, k, bias = peers.tensors(problem, given, device)
+            if problem.op == "weight_grad" and problem.layout == "NHWC":
+                k = k.permute(0, 3, 1, 2)
+            # clone(): on the CPU a tensor made from an array shares its memory, and sets must not.
+            return x.clone(memory_format=form), k.clone(memory_format=form), bias
+
+        try:
+            call = rotating(rig, problem, _torch_call(problem, device, form), make)
+        except Exception as error:  # no memory for its operands, for example; the other format may take less
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+            continue
+        setting = f"{name}, benchmark, TF32 {'allowed' if tf32 else 'not allowed'}"
+        found.append(peers.Contender(setting, call, peers.from_tensor, None, activate))
+    return found or "; ".join(failed)
+
+
+def _cudnn_refuses(problem: Conv2dProblem) -> str:
+    peer = peers.PEERS["torch"]
+    return peer.missing() or "; ".join(peer.unsupported(problem))
+
+
+def _activate(problem: Conv2dProblem) -> Callable[[], None]:
+    """Let cuDNN choose among all its algorithms, in the arithmetic that the problem's precision allows."""
+    import torch
 
     def activate() -> None:
         torch.set_grad_enabled(False)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.benchmark_limit = 0  # every algorithm, not the first ten
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = problem.precision == "medium"
 
-    found = []
-    for name, form in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+    return activate
 
-        def make(form: Any = form) -> tuple[Any, ...]:
-            x, k, bias = peers.tensors(problem, given, device)
-            # clone(): on the CPU a tensor made from an array shares its memory, and sets must not.
-            return x.clone(memory_format=form), k.clone(memory_format=form), bias
 
-        call = rotating(rig, problem, lambda x, k, bias: peers.convolution(problem, x, k, bias)(), make)
-        setting = f"{name}, benchmark, TF32 {'allowed' if tf32 else 'not allowed'}"
-        found.append(peers.Contender(setting, call, peers.from_tensor, None, activate))
-    return found
+def _torch_call(problem: Conv2dProblem, device: str, form: Any) -> Callable[[Any, Any, Any], Any]:
+    """PyTorch's function for the problem's op, of the first operand, the second and the bias."""
+    import torch
+
+    if problem.op == "forward":
+        return lambda x, k, bias: peers.convolution(problem, x, k, bias)()
+    pads = (problem.padding[0][0], problem.padding[1][0])
+    rest = (None, problem.stride, pads, problem.dilation, False, (0, 0), problem.groups)
+    dtype = getattr(torch, problem.x_dtype)
+
+    def empty(shape: tuple[int, ...]) -> Any:  # of an operand that it asks for and does not read
+        return torch.empty(shape, dtype=dtype, device=device).contiguous(memory_format=form)
+
+    backward = torch.ops.aten.convolution_backward
+    if problem.op == "input_grad":
+        x = empty(problem.x_shape)
+        return lambda dy, k, bias: backward(dy, x, k, *rest, (True, False, False))[0]
+    k = empty(problem.k_shape)
+    return lambda x, dy, bias: backward(dy, x, k, *rest, (False, True, False))[1]

@@ -16,7 +16,7 @@ A row of the file, beside its suite, name, problem line and FLOPs:
     Who was disturbed while this row was measured, and the share of CPU time that others took.
 
 ``summary`` has, by suite, label and peer, the geometric mean of the ratios and their extremes; the peer ``best peer``
-stands for the fastest of each row.
+stands for the fastest of each row. ``verified``, of a GPU, has what came of its tests and of compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -136,7 +136,12 @@ class Record:
 
     def close(self, stopped: str | None = None) -> None:
         """Note why the run ended; None when it reached the end."""
-        self.data["complete"], self.data["stopped"] = stopped is None, stopped
+        self.data["complete"], self.data["stopped"] = stopped is None and not self.waiting, stopped
+        self._write()
+
+    def note(self, key: str, facts: dict[str, Any]) -> None:
+        """Keep something beside the rows."""
+        self.data[key] = facts
         self._write()
 
     def refusals(self) -> list[str]:

@@ -53,10 +53,11 @@ class Effort:
     least: int = 1  # samples per block, whatever time allows
     shortest: float = 2e-4  # seconds per sample, at least
     pause: float = 0.05  # seconds before a block, at least
+    checked: int = 10**10  # products, some seconds' worth, that checking an answer may take
 
 
 QUICK = Effort(rounds=2, repeats=4, shortest=0.0, pause=0.0)
-GPU = Effort(rounds=5, repeats=50, least=10, shortest=1e-3, pause=0.0)
+GPU = Effort(rounds=5, repeats=50, least=10, shortest=1e-3, pause=0.0, checked=10**9)
 
 
 class Clock(Protocol):

@@ -2,7 +2,8 @@
 
 Everything arrives here as what the caller holds (NumPy, CuPy, PyTorch, DLPack, ``__cuda_array_interface__``, a list)
 and becomes an ``Operand``: a NumPy array in host memory or a CuPy array on a GPU, with a note of where it came from.
-The only host-device copies are here. No library is imported unless an array of it is at hand, or a GPU is asked for.
+Whole arrays are copied between host and device here alone; ``streaming`` and ``pinned`` copy large ones piece by piece.
+No library is imported unless an array of it is at hand, or a GPU is asked for.
 """
 
 from __future__ import annotations
@@ -349,9 +350,14 @@ def stream_pointer(call: str, stream: Any) -> int | None:
         ) from None
 
 
+def address(array: Array) -> int:
+    """Where the first element of a NumPy or CuPy array lies in memory."""
+    return int(array.ctypes.data) if isinstance(array, np.ndarray) else int(array.data.ptr)
+
+
 def byte_bounds(array: Array) -> tuple[int, int]:
     """First address of ``array``'s elements, and the address after the last (equal when it is empty)."""
-    start = int(array.ctypes.data) if isinstance(array, np.ndarray) else int(array.data.ptr)
+    start = address(array)
     if array.size == 0:
         return start, start
     reach = [(extent - 1) * step for extent, step in zip(array.shape, array.strides, strict=True)]

@@ -42,7 +42,7 @@ class Explanation:
     implementation: str | None
     plan: Plan | None
     table: tuple[Verdict, ...]
-    note: str | None = None  # a fallback to the CPU, or why nothing can run
+    note: str | None = None  # a fallback to the CPU, why nothing can run, or how host arrays reach the GPU
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -271,6 +271,11 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
     except (NoBackendError, MemoryError) as error:
         return Explanation(problem, target, None, None, _table(problem, target, backend, limit, None), str(error))
     table = _table(problem, target, backend, limit, choice)
+    pieces = request.pieces_of(problem, home, choice, target, limit)
+    if pieces is not None:
+        from gpuconv import streaming
+
+        note = streaming.described(pieces)
     return Explanation(problem, target, choice.name, choice.plan, table, note)
 
 

@@ -6,10 +6,12 @@ import os
 import sys
 from dataclasses import dataclass
 
-from gpuconv import dispatch, quick
+from gpuconv import diagnosis, dispatch, quick
 from gpuconv._version import __version__
 
-_PACKAGES = ("numpy", "numba", "numba-cuda", "cupy-cuda13x", "cupy-cuda12x", "cupy", "ml_dtypes", "torch")
+_PACKAGES = (
+    "numpy", "numba", "numba-cuda", *diagnosis.CUPY_PACKAGES, *diagnosis.NVVM_PACKAGES, "ml_dtypes", "torch",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Info:
     gpus: tuple[str, ...]
     kernels: str  # the CPU's compiled kernels: for which registers, on how many threads, kept where
     implementations: dict[str, str | None]  # name -> None when usable, else why not and the remedy
+    mismatches: tuple[str, ...] = ()  # what does not fit together on a CUDA machine, each with its remedy
 
     def __str__(self) -> str:
         import platform
@@ -28,8 +31,9 @@ class Info:
         lines += ["CPU: " + (platform.processor() or platform.machine()) + f", {os.cpu_count()} threads"]
         lines += ["CPU kernels: " + self.kernels]
         lines += [f"GPU: {gpu}" for gpu in self.gpus] or ["GPU: none usable"]
+        lines += [f"Mismatch: {sentence}" for sentence in self.mismatches]
         lines += ["", "Packages"]
-        lines += [f"  {name:<14} {version}" for name, version in self.versions.items()]
+        lines += [f"  {name:<21} {version}" for name, version in self.versions.items()]
         lines += ["", "Implementations, best first per device"]
         width = max(map(len, self.implementations))
         for name, reason in self.implementations.items():
@@ -44,7 +48,8 @@ def info() -> Info:
     Returns
     -------
     Info
-        Versions of the libraries found, the GPUs, and each implementation with its state. ``print`` it.
+        Versions of the libraries found, the GPUs, what does not fit together, and each implementation with its state.
+        ``print`` it.
     """
     from importlib import metadata  # slow to import, and needed here alone
 
@@ -55,7 +60,8 @@ def info() -> Info:
         except metadata.PackageNotFoundError:
             continue
     implementations = {name: dispatch.implementation(name).unavailable() for name in dispatch.TABLE}
-    return Info(versions, tuple(_gpus()), _cpu_kernels(), implementations)
+    mismatches = tuple(diagnosis.mismatches(diagnosis.facts(versions)))
+    return Info(versions, tuple(_gpus()), _cpu_kernels(), implementations, mismatches)
 
 
 def _cpu_kernels() -> str:
@@ -95,8 +101,8 @@ def _gpus() -> list[str]:
 
 
 def clear() -> None:
-    """Release cached plans, compiled kernels' handles, every ``Conv2d``'s packed and uploaded kernels, and what CuPy's
-    pools hold free.
+    """Release cached plans, compiled kernels' handles, every ``Conv2d``'s packed and uploaded kernels, the page-locked
+    memory through which NumPy arrays reach a GPU, and what CuPy's pools hold free.
     """
     dispatch.choose.cache_clear()
     quick.clear()
@@ -110,6 +116,9 @@ def clear() -> None:
     prepared = sys.modules.get("gpuconv.prepared")
     if prepared is not None:
         prepared.release()
+    pinned = sys.modules.get("gpuconv.pinned")
+    if pinned is not None:
+        pinned.release()
     if "cupy" in sys.modules and dispatch.implementation("cupy.gemm").unavailable() is None:
         import cupy
 

@@ -6,16 +6,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Number
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from gpuconv import arrays, dispatch, dtypes, geometry, layouts, schedule, separability
+from gpuconv import arrays, debug, dispatch, dtypes, geometry, layouts, schedule, separability
 from gpuconv.arrays import Array, Operand
 from gpuconv.backends.phases import fill_with_bias
-from gpuconv.backends.protocol import Operands
+from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.errors import NoBackendError
 from gpuconv.problem import Conv2dProblem, check_choice, check_zero_point
+
+if TYPE_CHECKING:
+    from gpuconv.streaming import Piece
 
 
 @dataclass
@@ -197,15 +200,16 @@ def compute(
     shortage = ""
     while True:
         try:
-            y = execute(request, choice, target, given, pointer, keeper)
+            y = execute(request, choice, target, given, pointer, keeper, limit)
             if done is not None and not (by_value and keeper is None):
                 done(choice)
             return arrays.deliver(y, request.first) if out is None else out
         except MemoryError as error:
             shortage = shortage or str(error)
         # Memory is shorter than the limit says: smaller chunks, or an implementation that needs less.
+        limit = choice.plan.workspace // 4
         try:
-            smaller = dispatch.choose(call, problem, target, backend, choice.plan.workspace // 4)
+            smaller = dispatch.choose(call, problem, target, backend, limit)
         except (MemoryError, NoBackendError):
             smaller = choice
         if smaller.plan.workspace >= choice.plan.workspace:
@@ -248,17 +252,22 @@ def result(call: str, request: Request, out: Any) -> Operand:
 def execute(
     request: Request,
     choice: dispatch.Choice,
-    target: Any,
+    target: Target,
     given: Operand | None,
     stream: int | None,
     keeper: Keeper | None,
+    limit: int,
 ) -> Array:
-    """Move the operands where the implementation wants them, run it, and bring the result to the first one's device."""
+    """Move the operands where the implementation wants them, run it, and bring the result to the first one's device.
+
+    Large host arrays go through a GPU in pieces, each made within ``limit`` bytes of scratch.
+    """
     problem, home = request.problem, request.first.device
     implementation = dispatch.implementation(choice.name)
-    # A kernel of our own takes host arrays as they are; everything else on a GPU takes CuPy arrays.
+    pieces = pieces_of(problem, home, choice, target, limit)
+    # A kernel of our own takes whole host arrays as they are; everything else on a GPU takes CuPy arrays.
     ordinal = target.ordinal
-    if target.device == "cpu" or (implementation.ARRAYS == "any" and home is None):
+    if target.device == "cpu" or (implementation.ARRAYS == "any" and home is None and pieces is None):
         ordinal = None
     place = home if ordinal is None else ordinal
     if stream is None and place == home:
@@ -278,8 +287,9 @@ def execute(
         def kept(key: Any, make: Callable[[], Any]) -> Any:
             return make() if keeper is None else keeper.kept((key, ordinal, target.ordinal), make, target.ordinal)
 
-        in_place = out is not None and home == ordinal
-        y = out if in_place else _empty(request.shape, dtypes.numpy_dtype(problem.y_dtype), ordinal)
+        held = ordinal if pieces is None else home  # where the result is written
+        in_place = out is not None and home == held
+        y = out if in_place else _empty(request.shape, dtypes.numpy_dtype(problem.y_dtype), held)
         result = view(problem, 2, y if request.lift is None else request.lift(y))
         bias = kept(("bias", problem.y_dtype), lambda: _cast_bias(moved(request.bias), problem))
         points = request.k_zero_point
@@ -288,7 +298,7 @@ def execute(
         if problem.result_size and problem.products:
             second = kept("second", lambda: moved(request.second))
             operands = Operands(
-                view(problem, 0, moved(request.first)),
+                view(problem, 0, moved(request.first) if pieces is None else request.first.array),
                 None if second is None else view(problem, 1, second),
                 bias,
                 points if ordinal is None or points is None else arrays.to_device(points, ordinal),
@@ -296,23 +306,47 @@ def execute(
                 target.ordinal,
                 stream,
             )
-            if keeper is not None:
-                key = choice.name, implementation.pack_key(choice.plan)
-                operands.packed = kept(key, lambda: implementation.pack(choice.plan, operands))
-            implementation.run(choice.plan, operands, result)
+
+            def packed(plan: Plan, operands: Operands) -> Any:
+                key = choice.name, implementation.pack_key(plan)
+                return kept(key, lambda: implementation.pack(plan, operands))
+
+            if pieces is not None:
+                from gpuconv import streaming
+
+                streaming.compute(choice.name, problem, pieces, operands, result, packed)
+            else:
+                if keeper is not None:
+                    operands.packed = packed(choice.plan, operands)
+                implementation.run(choice.plan, operands, result)
+            if target.device == "cuda":
+                debug.launched(choice.name, problem)
         elif problem.result_size:
             fill_with_bias(problem, bias, result)
         for operand, source in sources:
             if operand is not None and operand.device is not None and place is not None:
                 # The caller may free an operand on its own stream as soon as the call returns.
                 arrays.hand_back(source, operand.device)
-        if home == ordinal:
+        if home == held:
             return y
         y = arrays.to_host(y) if home is None else arrays.to_device(y, home)
         if out is None:
             return y
         out[...] = y
         return out
+
+
+def pieces_of(
+    problem: Conv2dProblem, home: int | None, choice: dispatch.Choice, target: Target, limit: int
+) -> list[Piece] | None:
+    """The pieces in which a host array goes through a GPU; None where it is moved whole, or need not be."""
+    if target.device == "cpu" or home is not None or not problem.products:
+        return None
+    if dispatch.implementation("cupy.gemm").unavailable() is not None:  # CuPy's are the page-locked memory and streams
+        return None
+    from gpuconv import streaming  # with its threads, slow to import
+
+    return streaming.cut(choice.name, problem, target, limit)
 
 
 def _cast_bias(bias: Array | None, problem: Conv2dProblem) -> Array | None:

@@ -1,8 +1,10 @@
 """A stand-in for CuPy on the CPU, so that ``cupy.gemm`` runs from end to end where there is no GPU.
 
 Its arrays are NumPy's. ``RawKernel`` compiles the CUDA C++ with the host's compiler and runs its threads one after the
-other; ``gemmStridedBatchedEx`` reads and writes memory by the addresses, leading dimensions and steps it is given, as
-cuBLAS does, and notes the compute type. ``install()`` puts the modules in place; as a pytest plugin it does so at once.
+other, ``ElementwiseKernel`` its loop; ``gemmStridedBatchedEx`` reads and writes memory by the addresses, leading
+dimensions and steps it is given, as cuBLAS does, and notes the compute type. The current stream does everything at
+once; on another one a copy lands only when somebody waits for it, and until then its destination is NaN. As a pytest
+plugin it puts its modules in place.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ extern "C" void launch(unsigned blocks, unsigned threads, void** a) {
     gridDim.x = blocks; blockDim.x = threads;
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
         for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
-            im2col((const WORD*)a[0], (WORD*)a[1], (const long long*)a[2], (const long long*)a[3], (const WORD*)a[4],
-                   (const long long*)a[5], *(const long long*)a[6]);
+            im2col((const WORD*)a[0], (WORD*)a[1], (const long long*)a[2], (const long long*)a[3], *(const WORD*)a[4],
+                   *(const numbers*)a[5], *(const long long*)a[6]);
 }
 """
 
@@ -55,6 +57,55 @@ class RawKernel:
         held = [a if isinstance(a, np.ndarray) else np.array(a, np.int64) for a in arguments]
         pointers = (ctypes.c_void_p * len(held))(*(array.ctypes.data for array in held))
         self.launch(ctypes.c_uint(grid[0]), ctypes.c_uint(block[0]), pointers)
+
+
+# S sums, B bias, Y y: what a sum may be, and what it may be rounded to. 16-bit floats are NumPy's to round.
+_LOOP = r"""
+#include <complex>
+template <class S, class B, class Y> static void loop(const S* s, const B* b, Y* out, long long count) {
+    for (long long t = 0; t < count; ++t) { S sums = s[t]; B bias = b[t]; Y y; OPERATION; out[t] = y; (void)bias; }
+}
+extern "C" void launch(int kind, const void* s, const void* b, void* y, long long count) {
+    switch (kind) {
+        KINDS
+    }
+}
+"""
+_REAL = (("float32", "float32"), ("float64", "float64"), ("float64", "float32"))
+_COMPLEX = (("complex64", "complex64"), ("complex128", "complex128"), ("complex128", "complex64"))
+_INTEGER = (("float64", "int64"), ("float64", "int32"))
+_NAMES = {
+    "float32": "float", "float64": "double", "complex64": "std::complex<float>", "complex128": "std::complex<double>",
+    "int64": "long long", "int32": "int",
+}  # fmt: skip
+
+
+class ElementwiseKernel:
+    def __init__(self, given: str, made: str, operation: str, name: str) -> None:
+        assert (given, made) in (("S sums, B bias", "Y y"), ("S sums", "Y y"))
+        self.kinds = _INTEGER if "long long v" in operation else _REAL
+        self.kinds += _COMPLEX if self.kinds is _REAL and "<" not in operation else ()
+        cases = []
+        for kind, (sums, y) in enumerate(self.kinds):
+            bias = "long long" if self.kinds is _INTEGER else _NAMES[sums]
+            arguments = f"(const {_NAMES[sums]}*)s, (const {bias}*)b, ({_NAMES[y]}*)y, count"
+            cases.append(f"case {kind}: loop({arguments}); break;")
+        self.launch = _compiled(_LOOP.replace("OPERATION", operation).replace("KINDS", "\n".join(cases)))
+
+    def __call__(self, sums: np.ndarray, *others: np.ndarray) -> None:
+        *bias, y = others
+        wide = y.dtype if y.dtype.itemsize > 2 else np.dtype(np.float32)
+        kind = self.kinds.index((sums.dtype.name, wide.name))
+        given = np.ascontiguousarray(np.broadcast_to(sums, y.shape))
+        biases = given
+        if bias:
+            assert bias[0].dtype == (np.int64 if self.kinds is _INTEGER else sums.dtype), "of the type of the sums"
+            biases = np.ascontiguousarray(np.broadcast_to(bias[0], y.shape))
+        made = np.empty(y.shape, wide)
+        places = (ctypes.c_void_p(array.ctypes.data) for array in (given, biases, made))
+        self.launch(ctypes.c_int(kind), *places, ctypes.c_longlong(made.size))
+        with np.errstate(all="ignore"):
+            y[...] = made
 
 
 @functools.cache
@@ -111,6 +162,7 @@ def gemm_strided_batched_ex(
 class Device:
     def __init__(self, ordinal: int = 0) -> None:
         self.id = ordinal
+        self.attributes = {"L2CacheSize": 50 << 20}
 
     def __enter__(self) -> Device:
         return self
@@ -155,6 +207,71 @@ class Pool:
 POOL = Pool()
 
 
+class Event:
+    def __init__(self, disable_timing: bool = False) -> None:
+        self.stream: Stream | None = None
+        self.count = 0
+
+    def synchronize(self) -> None:
+        if self.stream is not None:
+            self.stream.land(self.count)
+
+
+STREAMS: dict[int, Stream] = {}
+
+
+class Stream:
+    """Does nothing before it must."""
+
+    def __init__(self, non_blocking: bool = False) -> None:
+        self.ptr = 0x1000 + len(STREAMS)
+        self.asked: list[Any] = []
+        self.done = 0
+        STREAMS[self.ptr] = self
+
+    def record(self, event: Event) -> Event:
+        event.stream, event.count = self, len(self.asked)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        self.asked.append(event.synchronize)
+
+    def land(self, count: int) -> None:
+        while self.done < count:
+            self.done += 1
+            self.asked[self.done - 1]()
+            self.asked[self.done - 1] = None
+
+    def synchronize(self) -> None:
+        self.land(len(self.asked))
+
+
+class CurrentStream:
+    ptr = 0
+
+    def record(self, event: Event) -> Event:
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        event.synchronize()
+
+    def synchronize(self) -> None:
+        pass
+
+
+def memcpy_async(to: int, source: int, size: int, kind: int, stream: int) -> None:
+    ctypes.memset(to, 0xFF, size)
+    STREAMS[stream].asked.append(lambda: ctypes.memmove(to, source, size))
+
+
+PINNED: list[int] = []  # sizes of the blocks that were asked for
+
+
+def pinned_memory(size: int) -> bytearray:
+    PINNED.append(size)
+    return bytearray(b"\xff") * size
+
+
 def modules() -> dict[str, ModuleType]:
     cupy = ModuleType("cupy")
     cupy.get_default_memory_pool = cupy.get_default_pinned_memory_pool = lambda: POOL
@@ -174,14 +291,27 @@ def modules() -> dict[str, ModuleType]:
     cupy.empty = empty
     cupy.empty_like = lambda array: empty(array.shape, array.dtype)
     cupy.RawKernel = RawKernel
-    runtime = SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError)
+    cupy.ElementwiseKernel = ElementwiseKernel
+    runtime = SimpleNamespace(
+        getDeviceCount=lambda: 1,
+        driverGetVersion=lambda: 13000,
+        runtimeGetVersion=lambda: 13000,
+        CUDARuntimeError=RuntimeError,
+        memcpyAsync=memcpy_async,
+        memcpyHostToDevice=1,
+        memcpyDeviceToHost=2,
+    )
     cupy.cuda = SimpleNamespace(
         Device=Device,
         runtime=runtime,
         memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
         device=SimpleNamespace(get_cublas_handle=lambda: 0),
         ExternalStream=None,
-        get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
+        Event=Event,
+        Stream=Stream,
+        PinnedMemory=pinned_memory,
+        PinnedMemoryPointer=lambda memory, offset: memory,
+        get_current_stream=CurrentStream,
     )
     libs = ModuleType("cupy_backends.cuda.libs")
     libs.cublas = SimpleNamespace(gemmStridedBatchedEx=gemm_strided_batched_ex)

@@ -374,7 +374,7 @@ def test_the_call_after_a_memory_error_is_right(name):
         units.assert_exact(run(x, k, **case.kwargs), answer)
 
 
-@pytest.mark.parametrize("name", [None, *(name for name in FORWARD if not name.startswith("numpy"))])
+@pytest.mark.parametrize("name", [None, *dispatch.serving("forward", "cuda")])
 def test_a_pool_smaller_than_the_columns(name):
     """The columns take 17 MB, and the pool holds half of that: smaller chunks, or another implementation."""
     xp = gpu_arrays()

@@ -1,4 +1,4 @@
-"""im2col + GEMM on CuPy: the three primitives that ``gemm`` needs, on cuBLAS.
+"""im2col + GEMM on CuPy: the primitives that ``gemm`` needs, on cuBLAS.
 
 GEMMs go to cuBLAS directly, because CuPy's own products follow ``CUPY_TF32`` and round 16-bit sums to 16 bits. Here the
 compute type is part of the call: pedantic float32 or float64, whatever the environment says, TF32 at precision
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from gpuconv import dtypes
+from gpuconv import arrays, debug, diagnosis, dtypes
 from gpuconv.backends import gemm as orchestration
 from gpuconv.backends import gemm_gradients
 from gpuconv.backends.protocol import Operands, Plan, Target
@@ -50,7 +51,8 @@ def unavailable() -> str | None:
         except ImportError as error:
             return f"CuPy finds no cuBLAS ({str(error).splitlines()[0]}); {_REMEDY}"
         return None
-    return f"CuPy finds no usable GPU ({problem}); install NVIDIA's driver, or run on a machine with a GPU"
+    too_old = diagnosis.driver_too_old(diagnosis.facts({}))
+    return too_old or f"CuPy finds no usable GPU ({problem}); install NVIDIA's driver, or run on a machine with a GPU"
 
 
 def __getattr__(name: str) -> Any:
@@ -89,7 +91,24 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose the chunk."""
     columns, sums = columns_and_sums(problem)
     raw = dtypes.itemsize(problem.x_dtype) if columns != problem.x_dtype else 0
-    return gemm_gradients.plan(NAME, problem, limit, columns, sums, raw, False, LONGEST_SUM)
+    return gemm_gradients.plan(
+        NAME, problem, limit, columns, sums, raw, False, LONGEST_SUM, _half_cache(target.ordinal), _PRODUCTS
+    )
+
+
+# Products of a chunk, at least: about 100 µs of the fastest GPUs' float32 units, which hide the 50 µs or so that Python
+# takes to ask for a chunk. Not measured yet.
+_PRODUCTS = 2 * 10**9
+
+
+@lru_cache(maxsize=64)
+def _half_cache(ordinal: int | None) -> int:
+    """Half the L2 cache of a GPU, in bytes: columns of that size are still there when the product reads them."""
+    if ordinal is None or unavailable() is not None:
+        return 25 << 20  # of an H100, for who asks without a GPU
+    import cupy
+
+    return int(cupy.cuda.Device(ordinal).attributes["L2CacheSize"]) // 2
 
 
 pack_key = orchestration.pack_key
@@ -106,15 +125,17 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
 
 
 # One thread per element of x's windows' first tap, looping over the taps: the divisions that find its place are paid
-# once for all of them. `facts` holds, for the axes n g c i j in the order of out's memory (slowest first): extent and
-# steps in out and x; then the tap steps and the tables' steps. Elements move as bits of their size: no arithmetic
-# touches them, NaN payloads included.
+# once for all of them. `given` holds, for the axes n g c i j in the order of out's memory (slowest first): extent and
+# steps in out and x; then the tap steps and the tables' steps. It comes by value, as `fill` does: nothing is uploaded
+# for a launch. Elements move as bits of their size: no arithmetic touches them, NaN payloads included.
 IM2COL_SOURCE = r"""
 struct pair { unsigned long long a, b; };
+struct numbers { long long of[35]; };
 extern "C" __global__ void im2col(
-    const WORD* x, WORD* out, const long long* row_table, const long long* column_table, const WORD* fill,
-    const long long* facts, long long total)
+    const WORD* x, WORD* out, const long long* row_table, const long long* column_table, const WORD fill,
+    const numbers given, long long total)
 {
+    const long long *facts = given.of;
     const long long *extent = facts, *out_step = facts + 5, *n_step = facts + 10, *i_step = facts + 15,
                     *j_step = facts + 20;
     const long long KH = facts[25], KW = facts[26], p_step = facts[27], q_step = facts[28];
@@ -136,7 +157,7 @@ extern "C" __global__ void im2col(
             for (long long q = 0; q < KW; ++q) {
                 long long c = column_table[column + q * column_inner];
                 out[to + p * p_step + q * q_step] =
-                    r < 0 || c < 0 ? fill[0] : x[from + r * row_step + c * column_step];
+                    r < 0 || c < 0 ? fill : x[from + r * row_step + c * column_step];
             }
         }
     }
@@ -174,7 +195,15 @@ def _im2col_kernel(itemsize: int) -> Any:
     return cupy.RawKernel(im2col_source(itemsize), "im2col")
 
 
-def im2col(problem: Conv2dProblem, index_tables: orchestration.Tables, x: Any, i: slice, j: slice, out: Any) -> None:
+def index_tables(problem: Conv2dProblem) -> orchestration.Tables:
+    """The index tables in GPU memory."""
+    import cupy
+
+    rows, columns = (replace(table, index=cupy.asarray(table.index)) for table in problem.tables())
+    return rows, columns
+
+
+def im2col(problem: Conv2dProblem, tables: orchestration.Tables, x: Any, i: slice, j: slice, out: Any) -> None:
     """Gather windows: x (n, g, C, H, W) into out (n, g, C, KH, KW, rows, columns), dense in some order of axes."""
     import cupy
 
@@ -186,11 +215,13 @@ def im2col(problem: Conv2dProblem, index_tables: orchestration.Tables, x: Any, i
         order = sorted(range(out.ndim), key=lambda axis: -out.strides[axis])
         raw = cupy.empty([out.shape[axis] for axis in order], x.dtype).transpose(np.argsort(order).tolist())
     threads = out.size // (problem.KH * problem.KW)
-    facts = cupy.asarray(im2col_facts(x, *index_tables, i, j, raw))
-    fill = cupy.asarray(np.full(1, problem.fill).astype(x.dtype))
-    indices = [cupy.asarray(table.index) for table in index_tables]
+    # CuPy passes a NumPy array of one element, a structure too, by value.
+    facts = im2col_facts(x, *tables, i, j, raw).view([("of", np.int64, 35)])
+    fill = np.full(1, problem.fill).astype(x.dtype)
+    indices = [table.index for table in tables]
     grid, block = (min(-(-threads // 256), 2**31 - 1),), (256,)
     _im2col_kernel(x.itemsize)(grid, block, (x, raw, *indices, fill, facts, np.int64(threads)))
+    debug.launched("im2col", problem)
     if raw is not out:
         out[...] = raw
 
@@ -209,6 +240,7 @@ def gemm(problem: Conv2dProblem, a: Any, b: Any, out: Any) -> None:
     handle = cupy.cuda.device.get_cublas_handle()
     for arguments in gemm_calls(problem.precision, a, b, out):
         cublas.gemmStridedBatchedEx(handle, *arguments)
+        debug.launched("a product by cuBLAS", problem)
 
 
 def gemm_calls(precision: str, a: Any, b: Any, out: Any) -> Iterator[tuple[int, ...]]:
@@ -233,9 +265,9 @@ def gemm_calls(precision: str, a: Any, b: Any, out: Any) -> Iterator[tuple[int, 
     for index in range(groups if batch_images else images):
         at = (slice(None), index) if batch_images else (index, slice(None))
         left, right, result = (a[index] if batch_images else a), b[at], out[at]
-        a_call = (_address(left), _DATA_TYPES[a.dtype.name], a_ld, a_step // a.itemsize)
-        b_call = (_address(right), _DATA_TYPES[b.dtype.name], b_ld, b_step // b.itemsize)
-        out_call = (_address(result), _DATA_TYPES[out.dtype.name], out_ld, out_step // out.itemsize)
+        a_call = (arrays.address(left), _DATA_TYPES[a.dtype.name], a_ld, a_step // a.itemsize)
+        b_call = (arrays.address(right), _DATA_TYPES[b.dtype.name], b_ld, b_step // b.itemsize)
+        out_call = (arrays.address(result), _DATA_TYPES[out.dtype.name], out_ld, out_step // out.itemsize)
         batch = images if batch_images else groups
         if out_rows:
             # To cuBLAS a row-major matrix is its transpose: it goes in as it is (0), a column-major one turned (1).
@@ -254,10 +286,6 @@ def _blas_layout(array: Any) -> tuple[bool, int]:
     return layout
 
 
-def _address(array: Any) -> int:
-    return int(array.ctypes.data) if isinstance(array, np.ndarray) else int(array.data.ptr)
-
-
 @lru_cache(maxsize=8)
 def _scalar_arrays(dtype: str) -> tuple[Any, Any]:
     return np.ones(1, dtype), np.zeros(1, dtype)
@@ -269,8 +297,21 @@ def _scalars(dtype: str) -> tuple[int, int]:
     return int(one.ctypes.data), int(zero.ctypes.data)
 
 
-def epilogue(problem: Conv2dProblem, sums: Any, bias: Any | None, out: Any) -> None:
-    """Finish sums (n, g, O, rows, columns) into out of the same shape; bias is (g, O, 1, 1)."""
+@lru_cache(maxsize=8)
+def _epilogue_kernel(integer: bool, bias: bool, relu: bool) -> Any:
     import cupy
 
-    orchestration.plain_epilogue(cupy, problem, sums, bias, out)
+    lines = ["long long v = (long long)sums;" if integer else "S v = sums;"]
+    lines += ["v += bias;"] if bias else []
+    lines += ["if (v < 0) v = 0;"] if relu else []  # false for NaN, which passes through
+    lines += ["y = (Y)v;"]
+    given = "S sums, B bias" if bias else "S sums"
+    return cupy.ElementwiseKernel(given, "Y y", " ".join(lines), "gpuconv_epilogue")
+
+
+def epilogue(problem: Conv2dProblem, sums: Any, bias: Any | None, out: Any) -> None:
+    """Finish sums (n, g, O, rows, columns) into out of the same shape, in one pass; bias is (g, O, 1, 1)."""
+    integer, relu = dtypes.is_integer(problem.y_dtype), problem.activation == "relu"
+    kernel = _epilogue_kernel(integer, bias is not None, relu)
+    kernel(*(array for array in (sums, bias, out) if array is not None))
+    debug.launched("the pass that finishes the result", problem)

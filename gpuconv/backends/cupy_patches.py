@@ -43,4 +43,4 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
     # (N, G = C, KH·KW, OH, OW) as (N, G, C/G = 1, KH, KW, OH, OW)
     windows = out.reshape((problem.N, problem.C, 1, problem.KH, problem.KW, problem.OH, problem.OW))
     whole = slice(0, problem.OH), slice(0, problem.OW)
-    cupy_gemm.im2col(problem, problem.tables(), operands.x, *whole, windows)
+    cupy_gemm.im2col(problem, cupy_gemm.index_tables(problem), operands.x, *whole, windows)

@@ -2,14 +2,16 @@
 
     columns[c·KH·KW + p·KW + q, i·OW + j] = x[n,c, row(i,p), column(j,q)]      y[n] = K (O × C·KH·KW) @ columns
 
-What differs between NumPy and CuPy is three primitives, passed in as ``library``:
+What differs between NumPy and CuPy is four primitives, passed in as ``library``:
 
+- ``index_tables(problem)``: the index tables, in memory that im2col reads
 - ``im2col(problem, tables, x, i, j, out)``: gather the windows of output rows ``i`` and columns ``j``
 - ``gemm(a, b, out)``: a (g, M, K) times b (n, g, K, P) into out (n, g, M, P), any strides
 - ``epilogue(problem, sums, bias, out)``: bias, activation and the rounding into the result
 
 Columns are made for a chunk at a time and never for the whole problem. A 1×1 convolution of stride 1 without padding
-needs none: its matrix is a view of x. For NHWC the columns keep the channels fastest, as x has them.
+needs none: its matrix is a view of x. For NHWC the columns keep the channels fastest, as x has them, and the images of
+a chunk make one product.
 """
 
 from __future__ import annotations
@@ -28,9 +30,12 @@ Tables = tuple[IndexTable, IndexTable]
 
 
 class Library(Protocol):
-    """An array namespace and its three primitives."""
+    """An array namespace and its four primitives."""
 
     xp: Any
+
+    def index_tables(self, problem: Conv2dProblem) -> Tables:
+        """The index tables of rows and columns, in memory that im2col reads."""
 
     def im2col(self, problem: Conv2dProblem, tables: Tables, x: Any, i: slice, j: slice, out: Any) -> None:
         """Gather windows: x (n, g, C, H, W) into out (n, g, C, KH, KW, rows, columns)."""
@@ -63,8 +68,14 @@ def plan_forward(
     sums_in: str,
     raw_bytes: int = 0,
     patch: bool = False,
+    ample: int | None = None,
+    products: int = 0,
 ) -> Plan:
-    """Choose the chunk; ``raw_bytes`` per column element, and a padded patch, are what im2col needs."""
+    """Choose the chunk; ``raw_bytes`` per column element, and a padded patch, are what im2col needs.
+
+    With ``ample``, a chunk has no more scratch than that many bytes, or than ``products`` products take; and where x
+    and the result are matrices as they lie, they are not cut at all.
+    """
     K, C, O = problem.products, problem.C // problem.groups, problem.O // problem.groups
     element = dtypes.itemsize(columns_in)
     # Scratch for sums is needed when the result is of another dtype or its strides are none that BLAS takes, and once
@@ -80,11 +91,14 @@ def plan_forward(
         patches = 2 * n * g * spans[0] * spans[1] * C * dtypes.itemsize(problem.x_dtype) if patch else 0
         return pixels + patches + weights + problem.table_bytes()
 
+    if ample is not None:
+        ample = max(ample, -(-products // max(O * K, 1)) * K * (element + raw_bytes))
+    goal = limit if ample is None else min(limit, scratch(1, 1, 1, 1) + ample)
     extents = (problem.N, problem.groups, problem.OH, problem.OW)
-    block = schedule.fit(extents, scratch, limit, f"{name} on {problem}")
+    block = schedule.fit(extents, scratch, goal, f"{name} on {problem}")
     pointwise = is_pointwise(problem) and columns_in == problem.x_dtype and problem.x_zero_point == 0
     detail = "1x1: GEMM on views of x" if pointwise else f"im2col of {columns_in} in chunks of {_chunk(block)}"
-    config = {"block": block, "pointwise": pointwise, "columns_in": columns_in}
+    config = {"block": block, "pointwise": pointwise, "columns_in": columns_in, "whole": ample is not None}
     return Plan(problem, scratch(*block), sums_in, detail, config)
 
 
@@ -102,27 +116,33 @@ def run_forward(library: Library, plan: Plan, operands: Operands, out: Any) -> N
     matrix = pack(library, plan, operands) if operands.packed is None else operands.packed
     x = operands.x
     bias = grouped_bias(plan, operands)
-    tables = None if plan.config["pointwise"] else problem.tables()
+    tables = None if plan.config["pointwise"] else library.index_tables(problem)
     in_place = plan.sums_in == problem.y_dtype
-    for n, g, i, j in schedule.blocks((problem.N, groups, problem.OH, problem.OW), plan.config["block"]):
+    extents = (problem.N, groups, problem.OH, problem.OW)
+    whole = plan.config["whole"] and in_place and _are_matrices(plan, x, out)
+    for n, g, i, j in schedule.blocks(extents, extents if whole else plan.config["block"]):
         target = out[n, g, :, i, j]
         b = _matrices(x[n, g, :, i, j]) if plan.config["pointwise"] and x.dtype.isnative else None
-        c = _matrices(target) if in_place else None
         if b is None:
-            tables = tables or problem.tables()
+            tables = tables or library.index_tables(problem)
             b = _columns(library, plan, tables, x[n, g], i, j, channels_last)
-        elif c is not None:
-            wide_b, wide_c = _merge_images(b), _merge_images(c)
-            if wide_b is not None and wide_c is not None:
-                b, c = wide_b, wide_c
-        if c is not None:
-            library.gemm(problem, matrix[g], b, c)
-            if bias is not None or problem.activation is not None:
-                library.epilogue(problem, target, None if bias is None else bias[g], target)
-        else:
+        c = _matrices(target) if in_place else None
+        sums = target
+        if c is None:
             sums = _empty_sums(xp, target.shape, sums_dtype, channels_last)
-            library.gemm(problem, matrix[g], b, _matrices(sums))
+            c = _matrices(sums)
+        b, c = _merged(b, c)
+        library.gemm(problem, matrix[g], b, c)
+        if sums is not target or bias is not None or problem.activation is not None:
             library.epilogue(problem, sums, None if bias is None else bias[g], target)
+
+
+def _are_matrices(plan: Plan, x: Any, out: Any) -> bool:
+    """Whether all of x and of the result can be given to BLAS as they lie, which takes no scratch."""
+    N, groups, _, rows, columns = out.shape
+    small = max(rows * columns, N, groups) <= BLAS_LIMIT
+    found = plan.config["pointwise"] and x.dtype.isnative and small
+    return found and _matrices(x) is not None and _matrices(out) is not None
 
 
 def _channels_last(problem: Conv2dProblem) -> bool:
@@ -164,8 +184,8 @@ def _columns(library: Library, plan: Plan, tables: Tables, x: Any, i: slice, j: 
     dtype = dtypes.numpy_dtype(plan.config["columns_in"])
     K, P = problem.products, pixels[0] * pixels[1]
     if channels_last:
-        storage = library.xp.empty((n, g, *pixels, *taps, C), dtype)
-        out, matrix = storage.transpose(0, 1, 6, 4, 5, 2, 3), storage.reshape((n, g, P, K)).transpose(0, 1, 3, 2)
+        storage = library.xp.empty((g, n, *pixels, *taps, C), dtype)
+        out, matrix = storage.transpose(1, 0, 6, 4, 5, 2, 3), storage.reshape((g, n, P, K)).transpose(1, 0, 3, 2)
     else:
         out = library.xp.empty((n, g, C, *taps, *pixels), dtype)
         matrix = out.reshape((n, g, K, P))
@@ -176,11 +196,11 @@ def _columns(library: Library, plan: Plan, tables: Tables, x: Any, i: slice, j: 
 
 
 def _empty_sums(xp: Any, shape: tuple[int, ...], dtype: Any, channels_last: bool) -> Any:
-    """Uninitialised (n, g, O, rows, columns), in memory in the order of the result."""
+    """Uninitialised (n, g, O, rows, columns), in memory in the order of the result, but group by group."""
     if not channels_last:
         return xp.empty(shape, dtype)
     n, g, O, rows, columns = shape
-    return xp.empty((n, g, rows, columns, O), dtype).transpose(0, 1, 4, 2, 3)
+    return xp.empty((g, n, rows, columns, O), dtype).transpose(1, 0, 4, 2, 3)
 
 
 def _matrices(array: Any) -> Any | None:
@@ -196,6 +216,12 @@ def _matrices(array: Any) -> Any | None:
     else:
         return None
     return flat if has_blas_layout(flat) else None
+
+
+def _merged(b: Any, c: Any) -> tuple[Any, Any]:
+    """The matrices of all images as one, where both allow it."""
+    wide_b, wide_c = _merge_images(b), _merge_images(c)
+    return (b, c) if wide_b is None or wide_c is None else (wide_b, wide_c)
 
 
 def _merge_images(matrices: Any) -> Any | None:

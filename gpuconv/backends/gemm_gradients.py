@@ -29,15 +29,24 @@ def plan(
     raw_bytes: int,
     patch: bool,
     longest_sum: int,
+    ample: int | None = None,
+    products: int = 0,
 ) -> Plan:
     """Choose the chunks; ``raw_bytes`` per column element, and a padded patch, are what im2col needs. A product of a
-    weight gradient sums over at most ``longest_sum`` pixels.
+    weight gradient sums over at most ``longest_sum`` pixels. With ``ample``, a chunk has no more scratch than that many
+    bytes, or than ``products`` products take.
     """
+
+    def forward(part: Conv2dProblem) -> Plan:
+        return plan_forward(name, part, limit, columns_in, sums_in, raw_bytes, patch, ample, products)
+
     if problem.op == "input_grad":
-        return phases.plan(lambda part: plan_forward(name, part, limit, columns_in, sums_in, raw_bytes, patch), problem)
+        return phases.plan(forward, problem)
     if problem.op == "weight_grad":
-        return plan_weight_grad(name, problem, limit, columns_in, sums_in, raw_bytes, patch, longest_sum)
-    return plan_forward(name, problem, limit, columns_in, sums_in, raw_bytes, patch)
+        return plan_weight_grad(
+            name, problem, limit, columns_in, sums_in, raw_bytes, patch, longest_sum, ample, products
+        )
+    return forward(problem)
 
 
 def run(library: Library, plan: Plan, operands: Operands, out: Any) -> None:
@@ -63,8 +72,10 @@ def plan_weight_grad(
     raw_bytes: int,
     patch: bool,
     longest_sum: int,
+    ample: int | None,
+    products: int,
 ) -> Plan:
-    """Choose the chunk; ``raw_bytes`` per column element, and a padded patch, are what im2col needs."""
+    """Choose the chunk, as ``plan`` says."""
     C, O = problem.C // problem.groups, problem.O // problem.groups
     K = C * problem.KH * problem.KW
     element = dtypes.itemsize(columns_in)
@@ -82,8 +93,11 @@ def plan_weight_grad(
         sums = g * O * K * (total + 2 * dtypes.itemsize(sums_in) + (8 if dtypes.is_integer(problem.y_dtype) else 0))
         return chunk + patches + sums + problem.table_bytes()
 
+    if ample is not None:
+        ample = max(ample, -(-products // max(O * K, 1)) * (K * (element + raw_bytes) + 2 * O * element))
+    goal = limit if ample is None else min(limit, scratch(1, 1, 1, 1) + ample)
     extents = (problem.N, problem.OH, problem.OW, problem.groups)
-    block = schedule.fit(extents, scratch, limit, f"{name} on {problem}")
+    block = schedule.fit(extents, scratch, goal, f"{name} on {problem}")
     n, rows, columns, g = block
     detail = f"im2col of {columns_in} in chunks of {n} image(s) × {g} group(s) × {rows}×{columns} pixels, times dy"
     return Plan(problem, scratch(*block), sums_in, detail, {"block": block, "columns_in": columns_in})
@@ -93,7 +107,7 @@ def run_weight_grad(library: Library, plan: Plan, operands: Operands, out: Any) 
     """Write the weight gradient of the library's own arrays into ``out``, (G, O/G, I, KH, KW)."""
     problem, xp = plan.problem, library.xp
     x, dy = operands.x, operands.k
-    tables = problem.tables()
+    tables = library.index_tables(problem)
     sums_dtype = dtypes.numpy_dtype(plan.sums_in)
     total_dtype = dtypes.numpy_dtype(_TOTALS.get(plan.sums_in, plan.sums_in))
     K = problem.C // problem.groups * problem.KH * problem.KW

@@ -1,4 +1,4 @@
-"""im2col + GEMM in NumPy: the three primitives that ``gemm`` needs, on the CPU's BLAS."""
+"""im2col + GEMM in NumPy: the primitives that ``gemm`` needs, on the CPU's BLAS."""
 
 from __future__ import annotations
 
@@ -63,9 +63,14 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
         gemm_gradients.run(sys.modules[__name__], plan, operands, out)
 
 
-def im2col(problem: Conv2dProblem, index_tables: orchestration.Tables, x: Any, i: slice, j: slice, out: Any) -> None:
+def index_tables(problem: Conv2dProblem) -> orchestration.Tables:
+    """The index tables as they are."""
+    return problem.tables()
+
+
+def im2col(problem: Conv2dProblem, given: orchestration.Tables, x: Any, i: slice, j: slice, out: Any) -> None:
     """Gather windows: x (n, g, C, H, W) into out (n, g, C, KH, KW, rows, columns), tap by tap."""
-    windows = tables.Windows(problem, index_tables, x, i, j, problem.fill)
+    windows = tables.Windows(problem, given, x, i, j, problem.fill)
     for p in range(problem.KH):
         for q in range(problem.KW):
             windows.tap(p, q, out[:, :, :, p, q])

@@ -1,0 +1,154 @@
+"""Page-locked host memory, streams and threads for copies between the host and a GPU, kept from call to call.
+
+Page-locking memory takes longer than copying it, so it is never done per call. ``gpuconv.clear()`` releases all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpuconv import arrays
+from gpuconv.arrays import Array
+
+if TYPE_CHECKING:
+    from gpuconv.streaming import Slot
+
+_ALIGN = 512  # bytes; CuPy's pool aligns so on the GPU
+_THREADS = 8  # that copy, at most: fewer saturate the memory of most machines
+_ALONE = 1 << 20  # bytes that one thread copies sooner than several are told to
+
+_free: dict[int, Ring] = {}  # by GPU: one that no call is using
+_lock = threading.Lock()
+
+
+class Ring:
+    """Page-locked memory, and the lanes of one GPU: CuPy's current stream computes, two streams of its own copy."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self.block = np.empty(0, np.uint8)
+        self._own = {lane: cupy.cuda.Stream(non_blocking=True) for lane in ("upload", "download")}
+        self.streams: dict[str, Any] = {}
+
+    def slots(self, count: int, x_size: int, y_size: int) -> list[tuple[Array, Array, Array, Array]]:
+        """Memory for ``count`` pieces: of the host, to upload and to download; of the GPU, the same."""
+        import cupy
+
+        self.streams = self._own | {"compute": cupy.cuda.get_current_stream()}
+        x_step, y_step = (-(-size // _ALIGN) * _ALIGN for size in (x_size, y_size))
+        needed = count * (x_step + y_step)
+        if self.block.nbytes < needed:
+            self.block = np.empty(0, np.uint8)  # the old one first
+            self.block = _page_locked(needed)
+        found = []
+        for start in range(0, needed, x_step + y_step):
+            sent = self.block[start : start + x_size]
+            received = self.block[start + x_step : start + x_step + y_size]
+            found.append((sent, received, cupy.empty(x_size, np.uint8), cupy.empty(y_size, np.uint8)))
+        return found
+
+    def upload(self, slot: Slot, size: int) -> None:
+        """Copy from the host, on the upload lane."""
+        self._ask("upload", slot.x, slot.sent, size, "memcpyHostToDevice")
+
+    def download(self, slot: Slot, size: int) -> None:
+        """Copy to the host, on the download lane."""
+        self._ask("download", slot.received, slot.y, size, "memcpyDeviceToHost")
+
+    def _ask(self, lane: str, to: Array, source: Array, size: int, direction: str) -> None:
+        import cupy
+
+        runtime = cupy.cuda.runtime
+        places = arrays.address(to), arrays.address(source)
+        runtime.memcpyAsync(*places, size, getattr(runtime, direction), self.streams[lane].ptr)
+
+    def record(self, lane: str) -> Any:
+        """An event behind all that the lane was asked for."""
+        import cupy
+
+        return self.streams[lane].record(cupy.cuda.Event(disable_timing=True))
+
+    def wait(self, lane: str, mark: Any) -> None:
+        """The lane goes on after the event."""
+        self.streams[lane].wait_event(mark)
+
+    def reach(self, mark: Any) -> None:
+        """Wait for the event."""
+        mark.synchronize()
+
+    def settle(self) -> None:
+        """Wait for all lanes."""
+        for stream in self.streams.values():
+            stream.synchronize()
+
+
+def _page_locked(size: int) -> np.ndarray[Any, Any]:
+    import cupy
+
+    try:
+        memory = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(size), 0)
+    except cupy.cuda.runtime.CUDARuntimeError:
+        # The system grants no more of it: copies from and to other memory are right too, and slower.
+        return np.empty(size, np.uint8)
+    return np.frombuffer(memory, np.uint8, size)
+
+
+@contextmanager
+def ring() -> Iterator[Ring]:
+    """The current GPU's ring, or a new one while another call uses it; kept for the next call if this one succeeds."""
+    import cupy
+
+    ordinal = int(cupy.cuda.Device().id)
+    with _lock:
+        found = _free.pop(ordinal, None)
+    found = found or Ring()
+    yield found
+    with _lock:
+        _free.setdefault(ordinal, found)
+
+
+def release() -> None:
+    """Give back the page-locked memory and the threads that no call is using."""
+    with _lock:
+        _free.clear()
+    _copiers.cache_clear()  # its threads end with their last task
+
+
+def in_parallel(part: Callable[[int, int], None], extent: int, size: int) -> None:
+    """Call ``part(start, stop)`` for shares of ``range(extent)``, on several threads if ``size`` bytes are worth it."""
+    shares = 1 if size <= _ALONE else min(_threads(), extent)
+    if shares <= 1:
+        part(0, extent)
+        return
+    bounds = [extent * share // shares for share in range(shares + 1)]
+    others = [_copiers().submit(part, *both) for both in pairwise(bounds[1:])]
+    try:
+        part(bounds[0], bounds[1])
+    finally:
+        wait(others)  # also after an error: they must not go on with memory that is given back
+    for other in others:
+        other.result()
+
+
+def _threads() -> int:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, _THREADS)
+
+
+@lru_cache(maxsize=1)
+def _copiers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, "gpuconv-copy")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_copiers.cache_clear)  # threads do not survive a fork
