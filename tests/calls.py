@@ -264,7 +264,7 @@ def serving(call: Call, names: Iterable[str]) -> list[str]:
 
 def refuses(name: str, call: Call) -> bool:
     """Whether ``name`` is one of those that need not serve everything, and does not serve ``call``."""
-    if name in SERVE_EVERYTHING or dispatch.library_of(name) != "numba_cpu":
+    if name != "numpy.fft" and (name in SERVE_EVERYTHING or dispatch.library_of(name) != "numba_cpu"):
         return False
     if is_costly(name, "float32" if " float32 " in call.name else "another"):
         return True
