@@ -177,7 +177,7 @@ def test_threads_share_a_remembered_call(name):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "folder"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "bit", "folder"])
 def test_a_damaged_cache_of_kernels_is_replaced(damage, tmp_path):
     tmp_path.chmod(0o700)
     code = (
@@ -200,6 +200,8 @@ def test_a_damaged_cache_of_kernels_is_replaced(damage, tmp_path):
         if damage == "folder":
             path.mkdir()
         else:
-            path.write_bytes({"cut": content[:-1], "empty": b"", "noise": content[::-1]}[damage])
+            middle = len(content) // 2
+            flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            path.write_bytes({"cut": content[:-1], "empty": b"", "noise": content[::-1], "bit": flipped}[damage])
     assert said() == first
     assert damage == "folder" or said() == "1764 []\n"

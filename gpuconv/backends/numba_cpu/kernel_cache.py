@@ -89,6 +89,9 @@ def alone(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+_DIGEST = 32  # bytes of the digest that a file begins with
+
+
 class KernelCache(_Cache):  # type: ignore[misc]
     """One file for one compiled function; what Numba's compilers ask for under the name of a cache."""
 
@@ -125,12 +128,13 @@ class KernelCache(_Cache):  # type: ignore[misc]
         if path is None:
             return None
         try:
-            result = CompileResult._rebuild(target_context, *pickle.loads(path.read_bytes()))
-        except FileNotFoundError:
+            content = path.read_bytes()
+            kept = content[_DIGEST:]
+            if hashlib.sha256(kept).digest() != content[:_DIGEST]:  # cut short or damaged: compile anew, replace it
+                return None
+            return CompileResult._rebuild(target_context, *pickle.loads(kept))
+        except Exception:  # no file, or one of another making
             return None
-        except Exception:  # a file cut short, or of another making: compile anew, and replace it
-            return None
-        return result
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Write the compiled function to its file; a disk that cannot take it is no reason to stop."""
@@ -140,8 +144,9 @@ class KernelCache(_Cache):  # type: ignore[misc]
         with contextlib.suppress(OSError):
             descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=".part-")  # mode 0600
             try:
+                kept = pickle.dumps(data._reduce(), protocol=-1)
                 with os.fdopen(descriptor, "wb") as file:
-                    pickle.dump(data._reduce(), file, protocol=-1)
+                    file.write(hashlib.sha256(kept).digest() + kept)
                 os.replace(beside, path)
             except BaseException:
                 os.unlink(beside)
