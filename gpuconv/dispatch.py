@@ -24,6 +24,7 @@ TABLE = (
     "cupy.gemm",
     "cupy.patches",
     "numba_cuda.direct",
+    "numba_cuda.implicit_gemm",
     "numba_cuda.patches",
     "numba_cpu.winograd",
     "numba_cpu.lanes",
