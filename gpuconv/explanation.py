@@ -255,7 +255,12 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
         }[policy]
         note = f"device={device!r} finds no usable GPU here, so {outcome}. "
         names, why = dispatch.preferred(problem, "cuda")
-        able = [name for name in names if not dispatch.implementation(name).unsupported(problem, Target("cuda", 0))]
+        able = [
+            name
+            for name in names
+            if not dispatch.held_back(name, backend)
+            and not dispatch.implementation(name).unsupported(problem, Target("cuda", 0))
+        ]
         note += f"On a GPU machine {able[0]} would run ({why if able[0] == names[0] else 'the first that can'})."
         if policy == "error":
             return Explanation(problem, target, None, None, _table(problem, target, backend, limit, None), note)
@@ -329,8 +334,10 @@ def _table(
             chosen = choice is not None and choice.name == name
             if chosen and choice is not None:
                 found: tuple[str, ...] = (choice.why,)
+                if dispatch.is_experimental(name):
+                    found = (*found, "experimental: no hardware has run it yet")
             else:
-                found = rejected.get(name) or _reasons(name, problem, here, limit)
+                found = rejected.get(name) or _reasons(name, problem, here, limit, backend)
                 # What is missing on the machine hides what the problem needs: say both.
                 if dispatch.implementation(name).unavailable() is not None:
                     unsupported = dispatch.implementation(name).unsupported(problem, here)
@@ -345,9 +352,9 @@ def _table(
     return tuple(verdicts)
 
 
-def _reasons(name: str, problem: Conv2dProblem, target: Target, limit: int) -> tuple[str, ...]:
+def _reasons(name: str, problem: Conv2dProblem, target: Target, limit: int, backend: str | None) -> tuple[str, ...]:
     try:
-        return tuple(dispatch.attempt(name, problem, target, limit)[1])
+        return tuple(dispatch.attempt(name, problem, target, limit, backend)[1])
     except MemoryError as error:
         return (str(error),)
 

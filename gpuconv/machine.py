@@ -104,6 +104,10 @@ def clear() -> None:
         module = sys.modules.get(f"gpuconv.backends.numba_cuda.{name}")
         if module is not None:
             module.kernel.cache_clear()
+    gemm = sys.modules.get("gpuconv.backends.numba_cuda.implicit_gemm_run")
+    if gemm is not None:
+        for made in (gemm.kernel, gemm.packer, gemm.adder):
+            made.cache_clear()
     strip = sys.modules.get("gpuconv.backends.numba_cpu.strip")
     if strip is not None:
         strip.tables_of.cache_clear()

@@ -5,10 +5,10 @@ What a maker here returns is for kernels. ``fetch`` loads the share into registe
     c, p, q = fetch(x, places, rows, columns, row_table, row_inner, column_table, column_inner,
                     xC, C, KH, KW, fill, c, p, q, values)
 
-where ``places`` has the offset of the image and group of each of the tile's pixels, and ``rows`` and ``columns`` say where
-its entries begin in the two tables. These hold offsets of elements, or OUTSIDE where the constant of the padding stands.
-(c, p, q) is the slice's first product; the next slice's is returned. ``values[l]`` is then pixel ``pixel(t)`` of product
-``product(t, l)``.
+where ``places`` has the offset of the image and group of each of the tile's pixels, and ``rows`` and ``columns`` say
+where its entries begin in the two tables. These hold offsets of elements, or OUTSIDE where the constant of the padding
+stands. (c, p, q) is the slice's first product (with ``mixed``, the thread's own first); the next slice's is returned.
+``values[l]`` is then pixel ``pixel(t)`` of product ``product(t, l)``.
 
 A product that there is not, because the last slice is not full, gives zero: its weight is zero, but zero times whatever
 memory holds may be NaN.
@@ -30,9 +30,6 @@ from gpuconv.backends.numba_cuda import ptx
 # LIMIT; offsets are far above it.
 OUTSIDE = -(2**61)
 LIMIT = -(2**60)
-
-BY_TAP = "by tap"  # slices of channels, for one tap each
-MIXED = "mixed"  # slices of products (c,p,q) in their natural order
 
 
 @dataclass(frozen=True)

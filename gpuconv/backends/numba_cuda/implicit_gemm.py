@@ -1,7 +1,7 @@
 """Convolution as a matrix product whose large matrix is never in memory, on a GPU's float32 or float64 units.
 
-The kernel is in ``implicit_gemm_kernel``, which reads weights that ``panels`` packed; ``partials`` adds up where sums were
-cut into parts. Here are the choices, the scratch they take, and the launches.
+Here are the choices and the scratch they take. ``implicit_gemm_run`` launches the kernels: ``panels`` packs weights,
+``implicit_gemm_kernel`` multiplies, and ``partials`` adds up where sums were cut into parts.
 
 No GPU has run this yet: it runs when asked for by name, and ``explain`` says so.
 """
@@ -27,7 +27,8 @@ EXPERIMENTAL = True
 
 # What the kernel counts in 32 bits: slots, channels, entries of the tables.
 _MOST = 2**31 - 1
-_THREADS = 256  # per block, of the kernels that pack and add
+# Elements of packed weights of one part of a weight gradient, about: 32 MiB of float32.
+_PANELS = 2**23
 # A slice of channels may be this much longer than the channels it holds; with more waste, products of all taps share
 # slices, which costs two table look-ups per element instead of two per slice.
 _WASTE = 1.25
@@ -76,7 +77,7 @@ class Launch:
         return self.part.problem.groups * self.part_slices * self.tile.depth * self.tiles_o * self.tile.outputs
 
     def plane(self, images: int) -> int:
-        """Elements that a part leaves for one output channel: its pixels, rounded up to whole vectors of either type."""
+        """Elements that a part leaves for one output channel: its pixels, rounded up to whole vectors."""
         problem = self.part.problem
         return -(-images * problem.OH * problem.OW // 4) * 4
 
@@ -115,6 +116,8 @@ def _cut(problem: Conv2dProblem, part: direct.Part, room: int, fixed: int) -> La
     by_tap = not gradient and -(-C // depth) * depth <= _WASTE * C
     slices = taps * -(-C // depth) if by_tap else -(-C * taps // depth)
     wanted = tiles.choose_parts(O, plane * (forward.N if gradient else 1), forward.groups, slices)
+    if gradient:  # its weights are dy, which may be larger than any workspace: parts are packed one at a time
+        wanted = max(wanted, slices * depth * max(O, tiles.SMALL.outputs) * forward.groups // _PANELS)
     part_slices = -(-slices // wanted)
     parts = -(-slices // part_slices) if slices else 1  # none of them empty
     tile = tiles.choose(problem.sum_dtype, O, plane * forward.N, forward.groups * parts)
@@ -144,7 +147,7 @@ def _halved(most: int) -> Iterator[int]:
 def _most_images(launched: Launch) -> int:
     """Images whose tiles a grid can count, of 2^31 - 1 blocks."""
     forward = launched.part.problem
-    tiles_p = launch.MAX_GRID_X // (forward.groups * launched.parts * launched.tiles_o)
+    tiles_p = launch.MAX_GRID_X // max(forward.groups * launched.parts * launched.tiles_o, 1)
     return max(1, tiles_p * launched.tile.pixels // max(forward.OH * forward.OW, 1))
 
 
@@ -155,7 +158,9 @@ def _told(launches: tuple[Launch, ...]) -> str:
     first = launches[0]
     told = f"tile {first.tile}, slices {'of one tap' if first.by_tap else 'across taps'}"
     told += f", sums in {first.parts} parts" if first.parts > 1 else ""
-    told += f", {first.images} of {first.part.problem.N} images at a time" if first.images < first.part.problem.N else ""
+    told += (
+        f", {first.images} of {first.part.problem.N} images at a time" if first.images < first.part.problem.N else ""
+    )
     return told + (f", {len(launches)} convolutions" if len(launches) > 1 else "")
 
 
@@ -196,5 +201,6 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
         held = []  # until the stack unwinds: what was uploaded must outlive the kernels
         for number, cut in enumerate(plan.config["launches"]):
             # Panels are of a forward convolution, which sees x and y as they are.
-            views = (x, k[number], y) if isinstance(k, list) else direct.views(problem, cut.part, x, k, y)
-            held.append(implicit_gemm_run.run(cut, *views, bias, operands.bias is not None, operands.x, stream))
+            of_x, of_k, of_y = (x, k[number], y) if isinstance(k, list) else direct.views(problem, cut.part, x, k, y)
+            has_bias = operands.bias is not None
+            held.append(implicit_gemm_run.run(cut, of_x, of_k, of_y, bias, has_bias, operands.x, stream))

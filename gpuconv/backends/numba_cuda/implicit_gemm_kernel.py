@@ -62,7 +62,7 @@ def build(tile: Tile, dtype: str, gather: str, scatter: str) -> Any:
     K_LOADS = K_VECTORS * LANES
 
     def implicit_gemm(  # type: ignore[no-untyped-def]  # Numba infers the types
-        x, x0, xN, xG, xC,  # the elements of x, the offset of its first, its strides; rows and columns are in the tables
+        x, x0, xN, xG, xC,  # the elements of x, the offset of its first, its strides; of rows and columns see tables
         row_table, row_outer, row_inner, column_table, column_outer, column_inner,
         panels,  # (groups, tiles of O, slots of these parts, OUTPUTS)
         bias, has_bias, relu,

@@ -136,7 +136,9 @@ def _pack(cut: Launch, k: Flat, weights: Any, part: int, parts: int, stream: Any
         return
     function = packer(problem.sum_dtype, tile.outputs, tile.depth, cut.by_tap)
     sizes = (problem.C // problem.groups, problem.O // problem.groups, problem.KH, problem.KW, problem.groups)
-    function[_blocks(parts * cut.panel_size), _THREADS, stream](*k.arguments(), weights, part * slots, parts * slots, *sizes)
+    function[_blocks(parts * cut.panel_size), _THREADS, stream](
+        *k.arguments(), weights, part * slots, parts * slots, *sizes
+    )
 
 
 def _multiply(

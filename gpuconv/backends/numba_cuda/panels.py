@@ -3,8 +3,8 @@
     panels[g, u, slot, v] = k[g, o, c, p, q]   with o = u·outputs + v and the slot's (c,p,q); 0 where there is no such o
                                                or product
 
-What a block reads is one run of memory, its outputs rounded up to a whole tile and its slots to whole slices, so that the
-kernel asks for no bounds. Slots are in one of two orders:
+What a block reads is one run of memory, its outputs rounded up to a whole tile and its slots to whole slices, so that
+the kernel asks for no bounds. Slots are in one of two orders:
 
     by tap   (p, q, c), the channels of each tap rounded up to whole slices: a slice is of one tap
     mixed    (c, p, q): no slot is wasted between the taps

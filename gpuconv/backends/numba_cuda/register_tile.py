@@ -2,8 +2,8 @@
 
     sums[a, b] += Σ_d weights[d, row a] · window[d, column b]       d = 0 … depth - 1, in this order
 
-Numba would leave the loop over d as a loop, and index ``sums`` in memory. Emitted here as LLVM's straight-line code, the
-sums stay in registers, and the assembler reads the next product's vectors while this one's are multiplied.
+Numba would leave the loop over d as a loop, and index ``sums`` in memory. Emitted here as LLVM's straight-line code,
+the sums stay in registers, and the assembler reads the next product's vectors while this one's are multiplied.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from gpuconv.backends.numba_cuda.tiles import Tile
 def multiply_slice(tile: Tile, dtype: str) -> Callable[..., None]:
     """``multiply(sums, weights, at_o, window, at_p)`` for kernels, on one slice in shared memory.
 
-    ``at_o`` and ``at_p`` are where the thread's first vectors begin, of the slice's first product. Its other vectors are
-    ``tile.row_step`` and ``tile.column_step`` on, the other products ``tile.outputs`` and ``tile.pitch``.
+    ``at_o`` and ``at_p`` are where the thread's first vectors begin, of the slice's first product. Its other vectors
+    are ``tile.row_step`` and ``tile.column_step`` on, the other products ``tile.outputs`` and ``tile.pitch``.
     """
     lanes = ptx.VECTOR_BYTES // dtypes.itemsize(dtype)
     pitch = tile.pitch(lanes)
@@ -35,8 +35,10 @@ def multiply_slice(tile: Tile, dtype: str) -> Callable[..., None]:
         def simulated(sums: Any, weights: Any, at_o: Any, window: Any, at_p: Any) -> None:
             own = sums.reshape(tile.rows, tile.columns)
             o, p = at_o + np.array(rows), at_p + np.array(columns)
-            for d in range(tile.depth):
-                own += np.multiply.outer(elements(weights)[d * tile.outputs + o], elements(window)[d * pitch + p])
+            with np.errstate(all="ignore"):  # a GPU's numbers become NaN without a word
+                for d in range(tile.depth):
+                    row, column = elements(weights)[d * tile.outputs + o], elements(window)[d * pitch + p]
+                    own += np.multiply.outer(row, column)
 
         return simulated
 

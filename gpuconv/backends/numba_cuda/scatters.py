@@ -8,7 +8,6 @@ pixel and ``first_o`` its first output channel, of O.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from gpuconv.backends.numba_cuda import convert, gathers, ptx
 from gpuconv.backends.numba_cuda.tiles import Tile
 
 
-def one_by_one(tile: Tile, dtype: str) -> Callable[..., None]:
+def one_by_one(tile: Tile, dtype: str) -> Any:
     """Element by element: any strides."""
     LANES = ptx.VECTOR_BYTES // dtypes.itemsize(dtype)
     ROWS, COLUMNS = tile.rows, tile.columns
@@ -39,7 +38,7 @@ def one_by_one(tile: Tile, dtype: str) -> Callable[..., None]:
     return scatter
 
 
-def along_pixels(tile: Tile, dtype: str) -> Callable[..., None]:
+def along_pixels(tile: Tile, dtype: str) -> Any:
     """Pixels in vectors: where planes are contiguous and whole vectors, so that a vector is all in or all out."""
     LANES = ptx.VECTOR_BYTES // dtypes.itemsize(dtype)
     ROWS, COLUMNS = tile.rows, tile.columns
@@ -60,7 +59,7 @@ def along_pixels(tile: Tile, dtype: str) -> Callable[..., None]:
     return scatter
 
 
-def along_outputs(tile: Tile, dtype: str) -> Callable[..., None]:
+def along_outputs(tile: Tile, dtype: str) -> Any:
     """Output channels in vectors: where they are contiguous, O is whole vectors, and so is every other stride."""
     LANES = ptx.VECTOR_BYTES // dtypes.itemsize(dtype)
     ROWS, COLUMNS = tile.rows, tile.columns

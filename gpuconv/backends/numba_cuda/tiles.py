@@ -39,7 +39,7 @@ class Tile:
 
     @property
     def registers(self) -> int:
-        """Registers that a thread may use, so that ``blocks`` blocks fit a multiprocessor; the hardware's most is 255."""
+        """Registers that a thread may use, so that ``blocks`` blocks fit; the hardware's most is 255."""
         return min(255, REGISTERS // (self.threads * self.blocks) // 8 * 8)
 
     def row_step(self, lanes: int) -> int:
