@@ -167,7 +167,7 @@ def attempt(
     name: str, problem: Conv2dProblem, target: Target, limit: int, backend: str | None
 ) -> tuple[Plan | None, list[str]]:
     """The plan of ``name``, or None and the reasons; a MemoryError when only ``limit`` stands in the way."""
-    found = held_back(name, backend) + reasons(name, problem, target)
+    found = reasons(name, problem, target) or held_back(name, backend)
     return (None, found) if found else (implementation(name).plan(problem, target, limit), [])
 
 

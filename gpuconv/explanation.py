@@ -342,6 +342,9 @@ def _table(
                 if dispatch.implementation(name).unavailable() is not None:
                     unsupported = dispatch.implementation(name).unsupported(problem, here)
                     found = (*found, *unsupported)
+                # Said beside whatever else stands in the way.
+                held = tuple(dispatch.held_back(name, backend))
+                found = (*held, *(reason for reason in found if reason not in held))
             if not found and device != target.device:
                 found = (f"can run; not asked for (device={target.device!r})",)
             elif not found and backend is not None and name not in (dispatch.candidates(backend) or ()):

@@ -43,7 +43,8 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     if kinds not in ((name,) * 3 for name in tiles.TILES):
         got = " × ".join(kinds[:2]) + f" → {kinds[2]}"
         reasons.append(f"computes in float32 or in float64, all operands alike; got {got}; convert them")
-    for what, count in (("products per output", problem.products), ("table entries", problem.table_bytes() // 8)):
+    entries = max((part.problem.table_bytes() // 8 for part in direct.parts(problem)), default=0)
+    for what, count in (("products per output", problem.products), ("table entries", entries)):
         if count > _MOST - 2**20:  # what rounding up to slices may add
             reasons.append(f"counts up to 2**31 {what}; got {count}; use backend='numba_cuda.direct'")
     return reasons

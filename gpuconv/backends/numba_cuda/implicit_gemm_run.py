@@ -13,6 +13,7 @@ from gpuconv.backends.numba_cuda import gathers, implicit_gemm_kernel, launch, p
 from gpuconv.backends.numba_cuda.implicit_gemm import Launch
 from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.backends.numba_cuda.tiles import Tile
+from gpuconv.problem import Conv2dProblem
 
 # Of the kernels that pack and add, whose threads each take several elements, a stride of the grid apart.
 _THREADS, _ELEMENTS = 128, 4
@@ -28,15 +29,15 @@ def kernel(tile: Tile, dtype: str, gather: str, scatter: str) -> Any:
 
 
 @lru_cache(maxsize=32)
-def packer(dtype: str, outputs: int, depth: int, by_tap: bool) -> Any:
+def packer(dtype: str, outputs: int, depth: int, by_tap: bool, along_slots: bool = False) -> Any:
     """The kernel that packs weights."""
-    return launch.jit(panels.build(dtype, outputs, depth, by_tap))
+    return launch.jit(panels.build(dtype, outputs, depth, by_tap, along_slots))
 
 
 @lru_cache(maxsize=8)
-def adder(dtype: str) -> Any:
+def adder(dtype: str, y_dtype: str) -> Any:
     """The kernel that adds up parts."""
-    return launch.jit(partials.build(dtype))
+    return launch.jit(partials.build(dtype, y_dtype))
 
 
 def run(cut: Launch, x: Flat, k: Any, y: Flat, bias: Any, has_bias: bool, like: Any, stream: Any) -> list[Any]:
@@ -45,26 +46,26 @@ def run(cut: Launch, x: Flat, k: Any, y: Flat, bias: Any, has_bias: bool, like: 
     dtype = dtypes.numpy_dtype(problem.sum_dtype)
     weights = launch.scratch(like, dtype, cut.parts_packed * cut.panel_size) if isinstance(k, Flat) else k
     partial = launch.scratch(like, dtype, cut.partial_size(cut.images)) if cut.parts > 1 else None
-    tables = _tables(cut, x, like, stream)
+    indices = tables(problem, x, like, stream)
     # Both loops go round once where the scratch has room for all images and parts.
     for image in range(0, problem.N, cut.images):
         images = min(cut.images, problem.N - image)
-        seen = _from_image(x, image)
-        made = _from_image(y, image)
+        seen = from_image(x, image)
+        made = from_image(y, image)
         for part in range(0, cut.parts, cut.parts_packed):
             parts = min(cut.parts_packed, cut.parts - part)
             if isinstance(k, Flat) and (image == 0 or parts < cut.parts):
                 _pack(cut, k, weights, part, parts, stream)
             if partial is None:
                 scatter = scatter_of(cut, made)
-                _multiply(cut, seen, weights, made, scatter, bias, has_bias, tables, images, part, parts, stream)
+                _multiply(cut, seen, weights, made, scatter, bias, has_bias, indices, images, part, parts, stream)
             else:
                 # Planes of whole vectors: what the last one holds beyond the pixels is never read.
-                left = _left(cut, partial, part, images)
-                _multiply(cut, seen, weights, left, "along_pixels", bias, False, tables, images, part, parts, stream)
+                left = left_of(problem, partial, part, cut.plane(images))
+                _multiply(cut, seen, weights, left, "along_pixels", bias, False, indices, images, part, parts, stream)
         if partial is not None:
-            _add(cut, partial, made, bias, has_bias, images, stream)
-    return [weights, partial, tables]
+            add(problem, partial, cut.parts, cut.plane(images), made, bias, has_bias, images, stream)
+    return [weights, partial, indices]
 
 
 def packed(cut: Launch, k: Flat, like: Any, stream: Any) -> Any:
@@ -75,24 +76,21 @@ def packed(cut: Launch, k: Flat, like: Any, stream: Any) -> Any:
     return weights
 
 
-def _from_image(flat: Flat, image: int) -> Flat:
+def from_image(flat: Flat, image: int) -> Flat:
     """The operand without its first images."""
     return Flat(flat.vector, flat.offset + image * flat.strides[0], flat.strides)
 
 
-def _left(cut: Launch, partial: Any, part: int, images: int) -> Flat:
+def left_of(problem: Conv2dProblem, partial: Any, part: int, plane: int) -> Flat:
     """What the parts from ``part`` on leave, seen as y: (parts, groups, O, plane), all images in one plane."""
-    problem = cut.part.problem
-    plane = cut.plane(images)
-    of_group = problem.O // problem.groups * plane
-    strides = (problem.OH * problem.OW, of_group, plane, problem.OW, 1)
+    strides = (problem.OH * problem.OW, problem.O // problem.groups * plane, plane, problem.OW, 1)
     return Flat(partial, part * problem.O * plane, strides)
 
 
-def _tables(cut: Launch, x: Flat, like: Any, stream: Any) -> list[Any]:
+def tables(problem: Conv2dProblem, x: Flat, like: Any, stream: Any) -> list[Any]:
     """The rows and columns that the windows read, as offsets in x: for each axis a vector and its two steps."""
     found: list[Any] = []
-    for table, stride in zip(cut.part.problem.tables(), x.strides[3:], strict=True):
+    for table, stride in zip(problem.tables(), x.strides[3:], strict=True):
         offsets = np.where(table.index >= 0, table.index * stride, gathers.OUTSIDE)
         vector = launch.vector(like, offsets, np.dtype(np.int64), 1, stream)
         found += [vector, _narrow(table.outer), _narrow(table.inner)]
@@ -136,7 +134,7 @@ def _pack(cut: Launch, k: Flat, weights: Any, part: int, parts: int, stream: Any
         return
     function = packer(problem.sum_dtype, tile.outputs, tile.depth, cut.by_tap)
     sizes = (problem.C // problem.groups, problem.O // problem.groups, problem.KH, problem.KW, problem.groups)
-    function[_blocks(parts * cut.panel_size), _THREADS, stream](
+    function[blocks(parts * cut.panel_size), _THREADS, stream](
         *k.arguments(), weights, part * slots, parts * slots, *sizes
     )
 
@@ -158,10 +156,10 @@ def _multiply(
     """The sums of ``parts`` parts from ``part`` on, into y."""
     problem, tile = cut.part.problem, cut.tile
     pixels = images * problem.OH * problem.OW
-    blocks = -(-pixels // tile.pixels) * cut.tiles_o * problem.groups * parts
+    grid = -(-pixels // tile.pixels) * cut.tiles_o * problem.groups * parts
     function = kernel(tile, problem.sum_dtype, gather_of(cut, x), scatter)
     n, group, channel, _, _ = x.strides
-    function[blocks, tile.threads, stream](
+    function[grid, tile.threads, stream](
         x.vector,
         *map(_wide, (x.offset, n, group, channel)),
         *tables,
@@ -180,12 +178,20 @@ def _multiply(
     )
 
 
-def _add(cut: Launch, partial: Any, y: Flat, bias: Any, has_bias: bool, images: int, stream: Any) -> None:
-    """What the parts left, added up into y."""
-    problem = cut.part.problem
-    plane = cut.plane(images)
+def add(
+    problem: Conv2dProblem,
+    partial: Any,
+    parts: int,
+    plane: int,
+    y: Flat,
+    bias: Any,
+    has_bias: bool,
+    images: int,
+    stream: Any,
+) -> None:
+    """What the parts left, (parts, O, plane), added up into y."""
     elements = images * problem.O * problem.OH * problem.OW
-    adder(problem.sum_dtype)[_blocks(elements), _THREADS, stream](
+    adder(problem.sum_dtype, problem.y_dtype)[blocks(elements), _THREADS, stream](
         partial,
         problem.O * plane,
         plane,
@@ -193,7 +199,7 @@ def _add(cut: Launch, partial: Any, y: Flat, bias: Any, has_bias: bool, images: 
         has_bias,
         problem.activation == "relu",
         *y.arguments(),
-        cut.parts,
+        parts,
         images,
         problem.O // problem.groups,
         problem.OH,
@@ -202,6 +208,6 @@ def _add(cut: Launch, partial: Any, y: Flat, bias: Any, has_bias: bool, images: 
     )
 
 
-def _blocks(elements: int) -> int:
+def blocks(elements: int) -> int:
     """Blocks of a kernel that packs or adds."""
     return min(-(-elements // (_THREADS * _ELEMENTS)), launch.MAX_GRID_X)

@@ -1,10 +1,11 @@
-"""The weights of ``numba_cuda.implicit_gemm`` as its kernel reads them, 16 aligned bytes at a time.
+"""Weights as the matrix products on a GPU read them, 16 aligned bytes at a time.
 
-    panels[g, u, slot, v] = k[g, o, c, p, q]   with o = u·outputs + v and the slot's (c,p,q); 0 where there is no such o
-                                               or product
+    panels[g, u, slice, …] = k[g, o, c, p, q]   with o = u·outputs + v and the slot's (c,p,q); 0 where there is no such o
+                                                or product
 
-What a block reads is one run of memory, its outputs rounded up to a whole tile and its slots to whole slices, so that
-the kernel asks for no bounds. Slots are in one of two orders:
+A slice is ``depth`` slots by ``outputs``, or where ``along_slots`` the other way round: (…) is (d, v) or (v, d). What a
+block reads is one run of memory, its outputs rounded up to a whole tile and its slots to whole slices, so that the kernel
+asks for no bounds. Slots are in one of two orders:
 
     by tap   (p, q, c), the channels of each tap rounded up to whole slices: a slice is of one tap
     mixed    (c, p, q): no slot is wasted between the taps
@@ -20,10 +21,11 @@ from numba import cuda  # a global of this module: the simulator replaces it the
 from gpuconv import dtypes
 
 
-def build(dtype: str, outputs: int, depth: int, by_tap: bool) -> Any:
+def build(dtype: str, outputs: int, depth: int, by_tap: bool, along_slots: bool = False) -> Any:
     """The kernel that packs elements of ``dtype``, one thread per element of the panels, a stride of the grid apart."""
     ZERO = dtypes.numpy_dtype(dtype).type(0)
-    OUTPUTS, DEPTH, BY_TAP = outputs, depth, by_tap
+    OUTPUTS, DEPTH, BY_TAP, ALONG_SLOTS = outputs, depth, by_tap, along_slots
+    SLICE = OUTPUTS * DEPTH
 
     def pack(  # type: ignore[no-untyped-def]  # Numba infers the types
         k, k0, kG, kO, kC, kH, kW,  # the elements of k, the offset of its first, its strides
@@ -33,9 +35,14 @@ def build(dtype: str, outputs: int, depth: int, by_tap: bool) -> Any:
         element = np.int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
         tiles_o = (O + OUTPUTS - 1) // OUTPUTS
         while element < groups * tiles_o * slots * OUTPUTS:
-            slot = first_slot + element // OUTPUTS % slots
-            o = element // (OUTPUTS * slots) % tiles_o * OUTPUTS + element % OUTPUTS
-            group = element // (OUTPUTS * slots * tiles_o)
+            inside, before = element % SLICE, element // SLICE
+            d, v = inside // OUTPUTS, inside % OUTPUTS
+            if ALONG_SLOTS:
+                d, v = inside % DEPTH, inside // DEPTH
+            slices = slots // DEPTH
+            slot = first_slot + before % slices * DEPTH + d
+            o = before // slices % tiles_o * OUTPUTS + v
+            group = before // (slices * tiles_o)
             if BY_TAP:
                 slots_c = (C + DEPTH - 1) // DEPTH * DEPTH
                 tap, c = slot // max(slots_c, 1), slot % max(slots_c, 1)

@@ -1,4 +1,4 @@
-"""The second pass of ``numba_cuda.implicit_gemm`` where sums were cut into parts.
+"""The second pass of the matrix products on a GPU where sums were cut into parts.
 
     y[n,o,i,j] = relu(b[o] + partial[0, g, o, pixel] + partial[1, g, o, pixel] + …)
 
@@ -13,11 +13,12 @@ import numpy as np
 from numba import cuda  # a global of this module: the simulator replaces it there
 
 from gpuconv import dtypes
+from gpuconv.backends.numba_cuda import convert
 
 
-def build(dtype: str) -> Any:
+def build(dtype: str, y_dtype: str) -> Any:
     """The kernel that adds parts of ``dtype``, one thread per element of y, a stride of the grid apart."""
-    ZERO = dtypes.numpy_dtype(dtype).type(0)
+    ZERO, STORE = dtypes.numpy_dtype(dtype).type(0), convert.storer(y_dtype)
 
     def add(  # type: ignore[no-untyped-def]  # Numba infers the types
         partial, part_step, plane,  # (parts, groups, O, plane): the elements from part to part and channel to channel
@@ -39,7 +40,7 @@ def build(dtype: str) -> Any:
             if relu and total < ZERO:  # false for NaN, which passes through
                 total = ZERO
             i, j = pixel // OW % OH, pixel % OW
-            y[y0 + pixel // (OH * OW) * yN + channel // O * yG + channel % O * yO + i * yH + j * yW] = total
+            y[y0 + pixel // (OH * OW) * yN + channel // O * yG + channel % O * yO + i * yH + j * yW] = STORE(total)
             element += np.int64(cuda.gridDim.x) * cuda.blockDim.x
 
     return add

@@ -92,7 +92,7 @@ SMALL = Tile(16, 32, rows=4, columns=4, blocks=16, worth=0.3)  # one warp
 # A double takes two registers: half as many sums.
 SQUARE_64 = Tile(64, 64, rows=4, columns=8, blocks=3, worth=1.0)
 NARROW_64 = Tile(32, 64, rows=4, columns=4, blocks=4, worth=0.7)
-SMALL_64 = Tile(16, 32, rows=4, columns=4, blocks=16, worth=0.4)
+SMALL_64 = Tile(16, 32, rows=4, columns=4, blocks=12, worth=0.4)  # what sm_86 has shared memory for
 
 TILES = {"float32": (WIDE, FEW_OUTPUTS, SQUARE, NARROW, SMALL), "float64": (SQUARE_64, NARROW_64, SMALL_64)}
 
