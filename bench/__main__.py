@@ -123,7 +123,7 @@ def plot(path: Path, picture: Path | None) -> None:
 
 @main.command()
 @click.option("--device", type=click.Choice(["a100", "rtx3090", "rtx4090", "h200"]), default="h200", show_default=True)
-@click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
+@click.option("--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True)
 @click.option("--layout", type=click.Choice(["NCHW", "NHWC"]), default="NCHW", show_default=True)
 @click.option("--suites", type=_Names(), help="Suites of layers.csv, with commas.  [default: all]")
 @click.option("--batch", type=click.IntRange(1), metavar="N", help="Images at once, instead of the table's N.")

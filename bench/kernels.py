@@ -48,24 +48,29 @@ MULTIPROCESSORS = {
 
 @dataclass(frozen=True)
 class Device:
-    """Peak rates: of data sheets, except where measured."""
+    """Peak rates: of data sheets, without sparsity, except where measured."""
 
     name: str
-    flops: dict[str, float]  # by element type
+    flops: dict[str, float]  # by element type; of 16 bits on tensor cores, summed in float32
     bandwidth: float  # bytes/s
 
     def floor(self, row: Row) -> tuple[float, str]:
         """The least seconds for a layer, and what sets them."""
         problem = row.problem
-        arithmetic, traffic = problem.flops / self.flops[problem.sum_dtype], problem.bytes / self.bandwidth
+        rate = self.flops.get(problem.x_dtype, self.flops["float16"])
+        arithmetic, traffic = problem.flops / rate, problem.bytes / self.bandwidth
         return (arithmetic, "arithmetic") if arithmetic >= traffic else (traffic, "memory")
 
 
 DEVICES = {
-    "a100": Device("A100 SXM 40 GB", {"float32": 19.5e12, "float64": 9.7e12}, 1.555e12),
-    "rtx3090": Device("GeForce RTX 3090", {"float32": 35.6e12, "float64": 0.556e12}, 0.936e12),
-    "rtx4090": Device("GeForce RTX 4090", {"float32": 82.6e12, "float64": 1.29e12}, 1.008e12),
-    "h200": Device("H200 SXM (bandwidth as measured)", {"float32": 67e12, "float64": 34e12}, 4.3e12),
+    "a100": Device("A100 SXM 40 GB", {"float32": 19.5e12, "float64": 9.7e12, "float16": 312e12}, 1.555e12),
+    "rtx3090": Device("GeForce RTX 3090", {"float32": 35.6e12, "float64": 0.556e12, "float16": 71e12}, 0.936e12),
+    "rtx4090": Device("GeForce RTX 4090", {"float32": 82.6e12, "float64": 1.29e12, "float16": 165e12}, 1.008e12),
+    "h200": Device(
+        "H200 SXM (bandwidth and 16-bit rate as measured)",
+        {"float32": 67e12, "float64": 34e12, "float16": 790e12},
+        4.3e12,
+    ),
 }
 
 
@@ -102,6 +107,29 @@ def implicit_gemm(dtype: str, tile: Any, gather: str, scatter: str) -> Configura
     return Configuration("implicit_gemm", name, body, arguments, tile.threads, tile.registers)
 
 
+def implicit_gemm_mma(way: str, dtype: str, y_dtype: str) -> Configuration:
+    """A specialisation of ``numba_cuda.implicit_gemm_mma``."""
+    from numba.cuda import types
+
+    from gpuconv.backends.numba_cuda import convert, implicit_gemm_mma_kernel, tensor_shape
+
+    copied = types.Array(types.float32 if dtype == "float32" else types.uint16, 1, "C")
+    sums, wide, narrow = types.Array(types.float32, 1, "C"), types.int64, types.int32
+    table = types.Array(wide, 1, "C"), narrow, narrow
+    arguments = (
+        *(copied, *[wide] * 3, *table, *table, copied, copied),
+        *(sums, types.boolean, types.boolean),
+        *(types.Array(convert.numba_type(y_dtype), 1, "C"), *[wide] * 7),
+        *(wide, *[narrow] * 4, wide, wide, narrow, *[narrow] * 4),
+    )
+    name = f"{way} {tensor_shape.OUTPUTS}×{tensor_shape.PIXELS} → {y_dtype}"
+    body = implicit_gemm_mma_kernel.build(way, dtype, y_dtype)
+    return Configuration("implicit_gemm_mma", name, body, arguments, tensor_shape.THREADS, None)
+
+
+# What each element type is multiplied as on tensor cores.
+WAYS = {"float32": ("3xtf32", "tf32"), "float16": ("float16",), "bfloat16": ("bfloat16",)}
+
 # How x is read and y written: NCHW, NHWC, and sums over the batch, which leave parts.
 PATHS = (("across_pixels", "one_by_one"), ("along_channels", "along_outputs"), ("mixed", "along_pixels"))
 
@@ -110,9 +138,12 @@ def configurations(dtype: str) -> Iterator[Configuration]:
     """The specialisations that the layers of a network use."""
     from gpuconv.backends.numba_cuda import tiles
 
-    for tile in tiles.TILES[dtype]:
+    for tile in tiles.TILES.get(dtype, ()):
         for gather, scatter in PATHS:
             yield implicit_gemm(dtype, tile, gather, scatter)
+    for way in WAYS.get(dtype, ()):
+        for y_dtype in dict.fromkeys((dtype, "float32")):  # the result, and what parts leave
+            yield implicit_gemm_mma(way, dtype, y_dtype)
 
 
 def show_configurations(found: Iterable[Configuration], console: Console) -> None:
@@ -140,8 +171,8 @@ def show_configurations(found: Iterable[Configuration], console: Console) -> Non
 
 
 def show_layers(rows: Iterable[Row], device: Device, console: Console) -> None:
-    """Print each layer's floor on ``device``, and how ``numba_cuda.implicit_gemm`` would cut it up."""
-    from gpuconv.backends.numba_cuda import implicit_gemm as implementation
+    """Print each layer's floor on ``device``, and how the kernels above would cut it up."""
+    from gpuconv.backends.numba_cuda import implicit_gemm, implicit_gemm_mma
 
     table = Table(title=f"least times on {device.name}")
     for column in ("suite", "layer", "GFLOP", "FLOP/B", "floor, µs", "set by", "configuration"):
@@ -149,7 +180,8 @@ def show_layers(rows: Iterable[Row], device: Device, console: Console) -> None:
     for row in rows:
         seconds, what = device.floor(row)
         problem = row.problem
-        plan = implementation.plan(problem, Target("cuda"), 2**28)
+        chosen = implicit_gemm if problem.sum_dtype == problem.x_dtype else implicit_gemm_mma
+        plan = chosen.plan(problem, Target("cuda"), 2**28)
         intensity = problem.flops / problem.bytes
         figures = f"{problem.flops / 1e9:.3g}", f"{intensity:.3g}", f"{seconds * 1e6:.3g}"
         table.add_row(row.suite, row.name, *figures, what, plan.detail)

@@ -25,6 +25,7 @@ TABLE = (
     "cupy.patches",
     "numba_cuda.direct",
     "numba_cuda.implicit_gemm",
+    "numba_cuda.implicit_gemm_mma",
     "numba_cuda.patches",
     "numba_cpu.winograd",
     "numba_cpu.lanes",

@@ -100,14 +100,16 @@ def clear() -> None:
     """
     dispatch.choose.cache_clear()
     quick.clear()
-    for name in ("direct", "patches"):
+    kernels = {
+        "direct": ("kernel",),
+        "patches": ("kernel",),
+        "implicit_gemm_run": ("kernel", "packer", "adder"),
+        "implicit_gemm_mma_run": ("kernel", "turner"),
+    }
+    for name, caches in kernels.items():
         module = sys.modules.get(f"gpuconv.backends.numba_cuda.{name}")
-        if module is not None:
-            module.kernel.cache_clear()
-    gemm = sys.modules.get("gpuconv.backends.numba_cuda.implicit_gemm_run")
-    if gemm is not None:
-        for made in (gemm.kernel, gemm.packer, gemm.adder):
-            made.cache_clear()
+        for cache in caches if module is not None else ():
+            getattr(module, cache).cache_clear()
     strip = sys.modules.get("gpuconv.backends.numba_cpu.strip")
     if strip is not None:
         strip.tables_of.cache_clear()

@@ -16,7 +16,7 @@ from gpuconv.backends.numba_cuda.tiles import Tile
 from gpuconv.problem import Conv2dProblem
 
 # Of the kernels that pack and add, whose threads each take several elements, a stride of the grid apart.
-_THREADS, _ELEMENTS = 128, 4
+THREADS, ELEMENTS = 128, 4
 
 # The kernel's types of what it is handed.
 _narrow, _wide = np.int32, np.int64
@@ -134,7 +134,7 @@ def _pack(cut: Launch, k: Flat, weights: Any, part: int, parts: int, stream: Any
         return
     function = packer(problem.sum_dtype, tile.outputs, tile.depth, cut.by_tap)
     sizes = (problem.C // problem.groups, problem.O // problem.groups, problem.KH, problem.KW, problem.groups)
-    function[blocks(parts * cut.panel_size), _THREADS, stream](
+    function[blocks(parts * cut.panel_size), THREADS, stream](
         *k.arguments(), weights, part * slots, parts * slots, *sizes
     )
 
@@ -191,7 +191,7 @@ def add(
 ) -> None:
     """What the parts left, (parts, O, plane), added up into y."""
     elements = images * problem.O * problem.OH * problem.OW
-    adder(problem.sum_dtype, problem.y_dtype)[blocks(elements), _THREADS, stream](
+    adder(problem.sum_dtype, problem.y_dtype)[blocks(elements), THREADS, stream](
         partial,
         problem.O * plane,
         plane,
@@ -210,4 +210,4 @@ def add(
 
 def blocks(elements: int) -> int:
     """Blocks of a kernel that packs or adds."""
-    return min(-(-elements // (_THREADS * _ELEMENTS)), launch.MAX_GRID_X)
+    return min(-(-elements // (THREADS * ELEMENTS)), launch.MAX_GRID_X)

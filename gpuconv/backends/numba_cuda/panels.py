@@ -1,11 +1,11 @@
 """Weights as the matrix products on a GPU read them, 16 aligned bytes at a time.
 
-    panels[g, u, slice, …] = k[g, o, c, p, q]   with o = u·outputs + v and the slot's (c,p,q); 0 where there is no such o
-                                                or product
+    panels[g, u, slice, …] = k[g, o, c, p, q]   with o = u·outputs + v and the slot's (c,p,q);
+                                                0 where there is no such output or product
 
 A slice is ``depth`` slots by ``outputs``, or where ``along_slots`` the other way round: (…) is (d, v) or (v, d). What a
-block reads is one run of memory, its outputs rounded up to a whole tile and its slots to whole slices, so that the kernel
-asks for no bounds. Slots are in one of two orders:
+block reads is one run of memory, its outputs rounded up to a whole tile and its slots to whole slices, so that the
+kernel asks for no bounds. Slots are in one of two orders:
 
     by tap   (p, q, c), the channels of each tap rounded up to whole slices: a slice is of one tap
     mixed    (c, p, q): no slot is wasted between the taps
