@@ -57,7 +57,7 @@ class Device:
     def floor(self, row: Row) -> tuple[float, str]:
         """The least seconds for a layer, and what sets them."""
         problem = row.problem
-        rate = self.flops.get(problem.x_dtype, self.flops["float16"])
+        rate = self.flops["float16" if problem.x_dtype == "bfloat16" else problem.x_dtype]
         arithmetic, traffic = problem.flops / rate, problem.bytes / self.bandwidth
         return (arithmetic, "arithmetic") if arithmetic >= traffic else (traffic, "memory")
 
