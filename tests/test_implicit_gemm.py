@@ -132,7 +132,7 @@ def test_explain_says_that_it_is_experimental():
     ("part", "at_least"),
     [
         ("not one_beyond and not small_tile", 15),
-        ("small_tile", 18),
+        ("small_tile", 12),
         pytest.param("one_beyond", 16, marks=pytest.mark.full),
     ],
     ids=["rules", "small_tile", "every_tile"],

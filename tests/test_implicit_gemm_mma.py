@@ -123,8 +123,8 @@ def test_every_sum_is_parked_once():
 
 @pytest.mark.parametrize(
     ("part", "at_least"),
-    [("any_geometry or float32 or in_place or missing or nan or side_by_side", 13),
-     pytest.param("edges or parts or gradient or prepared", 5, marks=pytest.mark.full)],
+    [("value or float32 or in_place or missing or nan or side_by_side", 10),
+     pytest.param("edges or parts or gradient or prepared or views or reflect or grouped", 9, marks=pytest.mark.full)],
     ids=["quick", "long"],
 )  # fmt: skip
 def test_in_the_simulator(part, at_least):

@@ -139,6 +139,16 @@ def test_nan_reaches_what_reads_it_and_nothing_else():
     assert np.array_equal(np.isnan(y), np.broadcast_to(wanted, y.shape))
 
 
+def test_swapped_bytes_and_strided_views():
+    x, k, bias = operands("float16", (1, 9, 4, 4), (3, 9, 2, 2))
+    plain = gpuconv.conv2d(x, k, bias, backend=NAME)
+    swapped = gpuconv.conv2d(x.astype(">f2"), k.astype(">f2"), bias, backend=NAME)
+    wide = np.full((1, 18, 4, 9), np.nan, np.float16)
+    wide[:, ::2, :, 7::-2] = x
+    assert swapped.tobytes() == gpuconv.conv2d(wide[:, ::2, :, 7::-2], k, bias, backend=NAME).tobytes()
+    assert swapped.tobytes() == plain.tobytes()
+
+
 def test_prepared_weights():
     x, k, bias = operands("float16", (1, 9, 4, 4), (3, 9, 2, 2))
     layer = gpuconv.Conv2d(k, bias, backend=NAME)

@@ -103,8 +103,9 @@ def check(dtype: str, N: int, C: int, O: int, H: int, W: int, layout: str, **kwa
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("outputs", [15, 16, 17])
-@pytest.mark.parametrize(("H", "W"), [(1, 31), (4, 8), (3, 11)])
+@pytest.mark.parametrize(
+    ("outputs", "H", "W"), [(15, 1, 31), (16, 4, 8), (17, 3, 11), (16, 3, 11), (15, 4, 8), (17, 1, 31)]
+)
 def test_small_tile_at_its_edges(forced, outputs, H, W, layout):
     """16 × 32: one less, exactly one, and one more of each extent; the channels of one slice, one less and one more."""
     forced(tiles.SMALL)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import dtypes
+from gpuconv import arrays, dtypes
 from gpuconv.backends.numba_cuda import channels_last, implicit_gemm_mma_kernel, implicit_gemm_run, launch, ptx
 from gpuconv.backends.numba_cuda.implicit_gemm_mma import Launch
 from gpuconv.backends.numba_cuda.launch import Flat
@@ -30,7 +30,8 @@ def turner(dtype: str) -> Any:
 
 
 def bits(array: Any) -> Any:
-    """A view of an operand whose elements kernels copy."""
+    """A view of an operand whose elements kernels copy, in the machine's byte order."""
+    array = arrays.native(array) if isinstance(array, np.ndarray) else array
     return array.view(_BITS[array.dtype.name])
 
 
