@@ -120,7 +120,7 @@ def implicit_gemm_mma(way: str, dtype: str, y_dtype: str) -> Configuration:
         *(copied, *[wide] * 3, *table, *table, copied, copied),
         *(sums, types.boolean, types.boolean),
         *(types.Array(convert.numba_type(y_dtype), 1, "C"), *[wide] * 7),
-        *(wide, *[narrow] * 4, wide, wide, narrow, *[narrow] * 4),
+        *(wide, *[narrow] * 4, wide, wide, narrow, *[narrow] * 3),
     )
     name = f"{way} {tensor_shape.OUTPUTS}×{tensor_shape.PIXELS} → {y_dtype}"
     body = implicit_gemm_mma_kernel.build(way, dtype, y_dtype)

@@ -34,7 +34,8 @@ class Info:
         width = max(map(len, self.implementations))
         for name, reason in self.implementations.items():
             device = dispatch.DEVICES[dispatch.library_of(name)]
-            lines.append(f"  {name:<{width}}  {device:<4}  {'ready' if reason is None else reason}")
+            ready = "ready, by its name only: experimental" if dispatch.is_experimental(name) else "ready"
+            lines.append(f"  {name:<{width}}  {device:<4}  {ready if reason is None else reason}")
         return "\n".join(lines)
 
 

@@ -160,8 +160,8 @@ def mixed(pixels: int, threads: int, depth: int, dtype: str) -> Gather:
                 if at > LIMIT:
                     value = x[places[own_p] + at + c * xC]
             values[load] = value
-            # Adding the digits of STEP, in the mixed radix (C, KH, KW), takes no division: STEP is at most 4, and a
-            # digit that overflows more than once is rare.
+            # STEP products on, in the mixed radix (C, KH, KW). STEP is 1 or 2: carrying by subtraction is cheaper than
+            # the divisions that would do it at once.
             q = np.int32(q + STEP)
             while q >= KW:
                 q = np.int32(q - KW)

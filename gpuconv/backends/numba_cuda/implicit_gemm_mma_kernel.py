@@ -42,7 +42,7 @@ from gpuconv.backends.numba_cuda.tensor_shape import (
     WARP_OUTPUTS,
     WARP_PIXELS,
     WARPS_P,
-)  # fmt: skip
+)
 
 CHUNKS = SLICE_BYTES // ptx.VECTOR_BYTES  # copies that one row of a slice takes
 
@@ -71,7 +71,7 @@ def build(way: str, dtype: str, y_dtype: str) -> Any:
         bias, has_bias, relu,
         y, y0, y_part, yN, yG, yO, yH, yW,
         N, C, O, KH, KW, OH, OW, groups,  # C and O per group; C is a multiple of LANES
-        slices, first_part, parts, part_slices,
+        slices, parts, part_slices,
     ):  # fmt: skip
         memory = cuda.shared.array(SIZE, np.float32, ALIGNMENT)
         x_places = cuda.shared.array(PIXELS, np.int64)
@@ -90,7 +90,7 @@ def build(way: str, dtype: str, y_dtype: str) -> Any:
         first_p = block // tiles_o % tiles_p * PIXELS
         group = block // (tiles_o * tiles_p) % groups
         part = block // (tiles_o * tiles_p * groups)
-        first_slice = (first_part + part) * part_slices
+        first_slice = part * part_slices
         count = min(part_slices, slices - first_slice)
 
         # The tile's pixels: divided into (n,i,j) once, by one thread for all that load or store them.

@@ -58,21 +58,20 @@ def run(cut: Launch, x: Flat, weights: Any, y: Flat, bias: Any, has_bias: bool, 
     in_place = _in_place(cut, x)
     copied = None if in_place else launch.scratch(like, kind, max(cut.copy_size(cut.images), 1))
     partial = launch.scratch(like, np.dtype(np.float32), cut.partial_size(cut.images)) if cut.parts > 1 else None
-    held = [border, copied, partial, weights]
+    tables: list[Any] = []
     for image in range(0, problem.N, cut.images):
         images = min(cut.images, problem.N - image)
         seen = implicit_gemm_run.from_image(x, image)
         made = implicit_gemm_run.from_image(y, image)
         if not in_place:
             seen = _turned(cut, seen, copied, images, stream)
-        tables = implicit_gemm_run.tables(problem, seen, like, stream)
-        held.append(tables)
+        tables = tables or implicit_gemm_run.tables(problem, seen, like, stream)  # the strides stay the same
         plane = cut.plane(images)
         into = made if partial is None else implicit_gemm_run.left_of(problem, partial, 0, plane)
         _multiply(cut, seen, border, weights, into, bias, has_bias and partial is None, tables, images, stream)
         if partial is not None:
             implicit_gemm_run.add(problem, partial, cut.parts, plane, made, bias, has_bias, images, stream)
-    return held
+    return [border, copied, partial, weights, tables]
 
 
 def _in_place(cut: Launch, x: Flat) -> bool:
@@ -133,5 +132,5 @@ def _multiply(
         *map(narrow, (cut.channels, problem.O // problem.groups, problem.KH, problem.KW)),
         *map(wide, (problem.OH, problem.OW)),
         narrow(problem.groups),
-        *map(narrow, (cut.slices, 0, cut.parts, cut.part_slices)),
+        *map(narrow, (cut.slices, cut.parts, cut.part_slices)),
     )
