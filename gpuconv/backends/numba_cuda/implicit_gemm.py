@@ -25,8 +25,8 @@ ARRAYS = "any"
 OPS = frozenset(("forward", "input_grad", "weight_grad"))
 EXPERIMENTAL = True
 
-# What the kernel counts in 32 bits: slots, channels, entries of the tables.
-_MOST = 2**31 - 1
+# What the kernel counts in 32 bits: slots, channels, entries of the tables; less what rounding up to slices may add.
+_MOST = 2**31 - 2**20
 # Elements of packed weights of one part of a weight gradient, about: 32 MiB of float32.
 _PANELS = 2**23
 # A slice of channels may be this much longer than the channels it holds; with more waste, products of all taps share
@@ -45,8 +45,8 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
         reasons.append(f"computes in float32 or in float64, all operands alike; got {got}; convert them")
     entries = max((part.problem.table_bytes() // 8 for part in direct.parts(problem)), default=0)
     for what, count in (("products per output", problem.products), ("table entries", entries)):
-        if count > _MOST - 2**20:  # what rounding up to slices may add
-            reasons.append(f"counts up to 2**31 {what}; got {count}; use backend='numba_cuda.direct'")
+        if count > _MOST:
+            reasons.append(f"counts up to {_MOST} {what}; got {count}; use backend='numba_cuda.direct'")
     return reasons
 
 

@@ -39,7 +39,7 @@ def unavailable() -> str | None:
 
 
 def way(problem: Conv2dProblem) -> str | None:
-    """How products are made, of ``tensor_tile.WAYS``; None where tensor cores may not make them."""
+    """How products are made, of ``tensor_tile``'s four ways; None where tensor cores may not make them."""
     if problem.x_dtype in ("float16", "bfloat16"):
         return problem.x_dtype
     return {"medium": "tf32", "high": "3xtf32", "highest": None}[problem.precision]
