@@ -5,9 +5,9 @@
 Both operands lie in shared memory as rows of 16 words, a row per output channel or pixel, the products along it; two
 steps of ``mma`` take 8 words each. A warp has ``ROWS`` × ``COLUMNS`` instructions' tiles of 16 × 8 in registers.
 
-Four ways to make a product: ``float16`` and ``bfloat16`` exactly; ``tf32`` from both operands rounded to TF32's 11 bits;
-``3xtf32`` from each as the sum of two TF32 numbers, less the product of the small ones, which is below float32's own
-rounding.
+Four ways to make a product: ``float16`` and ``bfloat16`` exactly; ``tf32`` from both operands rounded to TF32's 11
+bits; ``3xtf32`` from each as the sum of two TF32 numbers, less the product of the small ones, which is below float32's
+own rounding.
 
 The order of things is written once, in ``add_slice``; what it is done with is inline assembly (``ptx.TensorCore``), or
 in the tests the same instructions in NumPy.
