@@ -1,4 +1,5 @@
-"""``python -m bench cpu`` and ``python -m bench gpu``, and ``python -m bench plot`` for a picture of an earlier run.
+"""``python -m bench cpu`` and ``python -m bench gpu``, and ``python -m bench plot`` for a picture of an earlier run;
+``python -m bench kernels`` for what the CUDA kernels promise on paper.
 
 The numerical libraries read their number of threads when they are imported, so nothing of them is imported here
 before the options are known.
@@ -150,6 +151,30 @@ def plot(path: Path, picture: Path | None) -> None:
     import json
 
     _draw(json.loads(path.read_text()), picture or path.with_suffix(".png"))
+
+
+@main.command()
+@click.option("--device", type=click.Choice(["a100", "rtx3090", "rtx4090", "h200"]), default="h200", show_default=True)
+@click.option("--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True)
+@click.option("--layout", type=click.Choice(["NCHW", "NHWC"]), default="NCHW", show_default=True)
+@click.option("--suites", type=_Names(), help="Suites of layers.csv, with commas.  [default: all]")
+@click.option("--batch", type=click.IntRange(1), metavar="N", help="Images at once, instead of the table's N.")
+def kernels(device: str, **options: Any) -> None:
+    """Registers, spills, occupancy and instructions of the CUDA kernels, and the least time of each layer on a device.
+
+    Needs no GPU: the kernels are compiled, not run.
+    """
+    from rich.console import Console
+
+    from bench import kernels as paper
+    from bench import machine_code
+
+    if machine_code.ptxas() is None:
+        raise click.ClickException('NVIDIA\'s assembler is missing; pip install "gpuconv[test]"')
+    rows = _rows(options | {"lines": (), "precision": "highest"})
+    console = Console(width=None if os.isatty(1) else 200)
+    paper.show_configurations(paper.configurations(options["dtype"]), console)
+    paper.show_layers(rows, paper.DEVICES[device], console)
 
 
 def _draw(data: dict[str, Any], picture: Path) -> None:

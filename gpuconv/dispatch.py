@@ -24,6 +24,8 @@ TABLE = (
     "cupy.gemm",
     "cupy.patches",
     "numba_cuda.direct",
+    "numba_cuda.implicit_gemm",
+    "numba_cuda.implicit_gemm_mma",
     "numba_cuda.patches",
     "numba_cpu.separable",
     "numba_cpu.winograd",
@@ -56,11 +58,12 @@ def preferred(problem: Conv2dProblem, device: str) -> tuple[list[str], dict[str,
     """The table's names for ``device``, best first for this problem, and the rules that put some of them there."""
     names = list(serving(problem.op, device))
     if device == "cuda":
+        names.sort(key=is_experimental)
         thin = problem.op in ("forward", "input_grad") and problem.result_channels // problem.groups < 8
         if not thin:
             return names, {}
         # A GEMM this thin reads far more than it computes, and im2col writes all of it first. Not measured yet.
-        names.sort(key=lambda name: name != "numba_cuda.direct")
+        names.sort(key=lambda name: (is_experimental(name), name != "numba_cuda.direct"))
         return names, {names[0]: "fewer than 8 output channels per group: too thin for a matrix product"}
     wanted = {name: why for name, holds, why in preference.on_cpu(problem) if holds}
     # What is made for such problems, ending with what is for all; then what is made for others.
@@ -82,6 +85,18 @@ def serving(op: str, device: str | None = None) -> tuple[str, ...]:
     """The table's names that are for ``op``, on ``device`` or on any."""
     names = [name for name in TABLE if device is None or DEVICES[library_of(name)] == device]
     return tuple(name for name in names if op in implementation(name).OPS)
+
+
+def is_experimental(name: str) -> bool:
+    """Whether ``name`` waits for the hardware that proves it: it runs only where ``backend`` is its very name."""
+    return getattr(implementation(name), "EXPERIMENTAL", False)
+
+
+def held_back(name: str, backend: str | None) -> list[str]:
+    """Why ``name`` is not chosen for a caller who asked for ``backend``, though it may be able to run."""
+    if backend == name or not is_experimental(name):
+        return []
+    return [f"experimental: no hardware has run it yet; backend={name!r} asks for it"]
 
 
 def library_of(name: str) -> str:
@@ -163,9 +178,11 @@ def reasons(name: str, problem: Conv2dProblem, target: Target) -> list[str]:
     return [missing] if missing is not None else module.unsupported(problem, target)
 
 
-def attempt(name: str, problem: Conv2dProblem, target: Target, limit: int) -> tuple[Plan | None, list[str]]:
+def attempt(
+    name: str, problem: Conv2dProblem, target: Target, limit: int, backend: str | None
+) -> tuple[Plan | None, list[str]]:
     """The plan of ``name``, or None and the reasons; a MemoryError when only ``limit`` stands in the way."""
-    found = reasons(name, problem, target)
+    found = reasons(name, problem, target) or held_back(name, backend)
     return (None, found) if found else (implementation(name).plan(problem, target, limit), [])
 
 
@@ -191,7 +208,7 @@ def choose(call: str, problem: Conv2dProblem, target: Target, backend: str | Non
     shortage = ""  # the first error's text: the error itself would hold this frame, and the caller's arrays with it
     for name in names:
         try:
-            plan, found = attempt(name, problem, target, limit)
+            plan, found = attempt(name, problem, target, limit, backend)
         except MemoryError as error:
             found = [str(error)]
             shortage = shortage or found[0]

@@ -255,7 +255,12 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
         }[policy]
         note = f"device={device!r} finds no usable GPU here, so {outcome}. "
         names, rules = dispatch.preferred(problem, "cuda")
-        able = [name for name in names if not dispatch.implementation(name).unsupported(problem, Target("cuda", 0))]
+        able = [
+            name
+            for name in names
+            if not dispatch.held_back(name, backend)
+            and not dispatch.implementation(name).unsupported(problem, Target("cuda", 0))
+        ]
         why = rules.get(able[0], "first in the table that can run" if able[0] == names[0] else "the first that can")
         note += f"On a GPU machine {able[0]} would run ({why})."
         if policy == "error":
@@ -337,12 +342,17 @@ def _table(
             chosen = choice is not None and choice.name == name
             if chosen and choice is not None:
                 found: tuple[str, ...] = (choice.why,)
+                if dispatch.is_experimental(name):
+                    found = (*found, "experimental: no hardware has run it yet")
             else:
-                found = rejected.get(name) or _reasons(name, problem, here, limit)
+                found = rejected.get(name) or _reasons(name, problem, here, limit, backend)
                 # What is missing on the machine hides what the problem needs: say both.
                 if dispatch.implementation(name).unavailable() is not None:
                     unsupported = dispatch.implementation(name).unsupported(problem, here)
                     found = (*found, *unsupported)
+                # Said beside whatever else stands in the way.
+                held = tuple(dispatch.held_back(name, backend))
+                found = (*held, *(reason for reason in found if reason not in held))
             if not found and device != target.device:
                 found = (f"can run; not asked for (device={target.device!r})",)
             elif not found and backend is not None and name not in (dispatch.candidates(backend) or ()):
@@ -353,9 +363,9 @@ def _table(
     return tuple(verdicts)
 
 
-def _reasons(name: str, problem: Conv2dProblem, target: Target, limit: int) -> tuple[str, ...]:
+def _reasons(name: str, problem: Conv2dProblem, target: Target, limit: int, backend: str | None) -> tuple[str, ...]:
     try:
-        return tuple(dispatch.attempt(name, problem, target, limit)[1])
+        return tuple(dispatch.attempt(name, problem, target, limit, backend)[1])
     except MemoryError as error:
         return (str(error),)
 

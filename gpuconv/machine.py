@@ -38,7 +38,8 @@ class Info:
         width = max(map(len, self.implementations))
         for name, reason in self.implementations.items():
             device = dispatch.DEVICES[dispatch.library_of(name)]
-            lines.append(f"  {name:<{width}}  {device:<4}  {'ready' if reason is None else reason}")
+            ready = "ready, by its name only: experimental" if dispatch.is_experimental(name) else "ready"
+            lines.append(f"  {name:<{width}}  {device:<4}  {ready if reason is None else reason}")
         return "\n".join(lines)
 
 
@@ -106,10 +107,16 @@ def clear() -> None:
     """
     dispatch.choose.cache_clear()
     quick.clear()
-    for name in ("direct", "patches"):
+    kernels = {
+        "direct": ("kernel",),
+        "patches": ("kernel",),
+        "implicit_gemm_run": ("kernel", "packer", "adder"),
+        "implicit_gemm_mma_run": ("kernel", "turner"),
+    }
+    for name, caches in kernels.items():
         module = sys.modules.get(f"gpuconv.backends.numba_cuda.{name}")
-        if module is not None:
-            module.kernel.cache_clear()
+        for cache in caches if module is not None else ():
+            getattr(module, cache).cache_clear()
     strip = sys.modules.get("gpuconv.backends.numba_cpu.strip")
     if strip is not None:
         strip.tables_of.cache_clear()

@@ -4,6 +4,8 @@
 both answer with sentences, so that a refusal says what would help. ``plan()`` decides everything that can be decided
 without data, ``run()`` does it, and ``pack()`` what it does with a kernel alone, for who keeps one.
 
+A module may also declare ``EXPERIMENTAL = True``: no hardware has run it yet, and it runs only when asked for by name.
+
 Operands and result arrive as strided views in one form, whatever the caller's layout, with the groups as an axis:
 
     x and its gradient (N, G, C/G, H, W)    kernel and its gradient (G, O/G, I, KH, KW), flipped where asked

@@ -158,6 +158,31 @@ def vector(like: Any, values: Any | None, dtype: np.dtype[Any], size: int = 1, o
     return flat(array).vector
 
 
+def scratch(like: Any, dtype: np.dtype[Any], size: int) -> Any:
+    """Uninitialised memory of ``size`` elements on the device that holds ``like``."""
+    from numba import cuda
+
+    if isinstance(like, np.ndarray):
+        return cuda.device_array(size, dtype)
+    import cupy
+
+    return flat(cupy.empty(size, dtype)).vector
+
+
+def address(vector: Any) -> int:
+    """Where a vector of a kernel begins, in bytes."""
+    if convert.simulated():
+        return int(vector.ctypes.data)
+    return int(vector.__cuda_array_interface__["data"][0])
+
+
+def jit(body: Any, registers: int | None = None) -> Any:
+    """The kernel ``body``, to be compiled at its first launch, each thread with so many registers at most."""
+    from numba import cuda
+
+    return cuda.jit(body) if registers is None or convert.simulated() else cuda.jit(body, max_registers=registers)
+
+
 def on_gpu(ordinal: int | None) -> AbstractContextManager[Any]:
     """Make the GPU ``ordinal`` current for Numba."""
     from numba import cuda

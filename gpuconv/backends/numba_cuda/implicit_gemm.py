@@ -1,0 +1,207 @@
+"""Convolution as a matrix product whose large matrix is never in memory, on a GPU's float32 or float64 units.
+
+Here are the choices and the scratch they take. ``implicit_gemm_run`` launches the kernels: ``panels`` packs weights,
+``implicit_gemm_kernel`` multiplies, and ``partials`` adds up where sums were cut into parts.
+
+No GPU has run this yet: it runs when asked for by name, and ``explain`` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gpuconv import dtypes
+from gpuconv.backends.numba_cuda import direct, launch, tiles
+from gpuconv.backends.numba_cuda.tiles import Tile
+from gpuconv.backends.protocol import Operands, Plan, Target
+from gpuconv.problem import Conv2dProblem
+
+NAME = "numba_cuda.implicit_gemm"
+DEVICE = "cuda"
+ARRAYS = "any"
+OPS = frozenset(("forward", "input_grad", "weight_grad"))
+EXPERIMENTAL = True
+
+# What the kernel counts in 32 bits: slots, channels, entries of the tables; less what rounding up to slices may add.
+_MOST = 2**31 - 2**20
+# Elements of packed weights of one part of a weight gradient, about: 32 MiB of float32.
+_PANELS = 2**23
+# A slice of channels may be this much longer than the channels it holds; with more waste, products of all taps share
+# slices, which costs two table look-ups per element instead of two per slice.
+_WASTE = 1.25
+
+unavailable = launch.unavailable
+
+
+def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
+    """Other element types than float32 and float64, and sums or tables longer than 32 bits can count."""
+    reasons = []
+    kinds = (problem.x_dtype, problem.k_dtype, problem.y_dtype)
+    if kinds not in ((name,) * 3 for name in tiles.TILES):
+        got = " × ".join(kinds[:2]) + f" → {kinds[2]}"
+        reasons.append(f"computes in float32 or in float64, all operands alike; got {got}; convert them")
+    entries = max((part.problem.table_bytes() // 8 for part in direct.parts(problem)), default=0)
+    for what, count in (("products per output", problem.products), ("table entries", entries)):
+        if count > _MOST:
+            reasons.append(f"counts up to {_MOST} {what}; got {count}; use backend='numba_cuda.direct'")
+    return reasons
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One forward convolution of the plan, and how it is cut up."""
+
+    part: direct.Part
+    tile: Tile
+    by_tap: bool
+    slices: int  # of the whole sum
+    parts: int  # that the sum is cut into
+    images: int  # of x at a time, so that what the parts leave fits the scratch
+    parts_packed: int  # parts whose weights are packed at a time
+
+    @property
+    def part_slices(self) -> int:
+        """Slices of a part; the last one may have fewer."""
+        return -(-self.slices // self.parts)
+
+    @property
+    def tiles_o(self) -> int:
+        """Tiles that cover the output channels of a group."""
+        return -(-(self.part.problem.O // self.part.problem.groups) // self.tile.outputs)
+
+    @property
+    def panel_size(self) -> int:
+        """Elements of the packed weights of one part."""
+        return self.part.problem.groups * self.part_slices * self.tile.depth * self.tiles_o * self.tile.outputs
+
+    def plane(self, images: int) -> int:
+        """Elements that a part leaves for one output channel: its pixels, rounded up to whole vectors."""
+        problem = self.part.problem
+        return -(-images * problem.OH * problem.OW // 4) * 4
+
+    def partial_size(self, images: int) -> int:
+        """Elements that all parts leave for ``images`` images; none when there is but one part, which writes y."""
+        return self.parts * self.part.problem.O * self.plane(images) if self.parts > 1 else 0
+
+
+def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
+    """Choose the tiles, and cut sums and batches so that packed weights and partial sums fit ``limit``."""
+    lowered = direct.parts(problem)
+    fixed = sum(part.problem.table_bytes() for part in lowered)
+    fixed += problem.result_channels * dtypes.itemsize(problem.sum_dtype)
+    launches = tuple(_cut(problem, part, limit - fixed, fixed) for part in lowered)
+    itemsize = dtypes.itemsize(problem.sum_dtype)
+    scratch = fixed + itemsize * max((_scratch(part) for part in launches), default=0)
+    return Plan(problem, scratch, problem.sum_dtype, _told(launches), {"launches": launches})
+
+
+def _scratch(part: Launch) -> int:
+    """Elements of scratch of one launch."""
+    return part.parts_packed * part.panel_size + part.partial_size(part.images)
+
+
+def _cut(problem: Conv2dProblem, part: direct.Part, room: int, fixed: int) -> Launch:
+    """The launch of ``part`` within ``room`` bytes.
+
+    What is summed together, and in which order, depends on the problem of one image alone: not on the room, nor on the
+    number of images. So does the number of parts; how many images and parts are under way at once does not.
+    """
+    forward = part.problem
+    C, O = forward.C // forward.groups, forward.O // forward.groups
+    taps, plane = forward.KH * forward.KW, forward.OH * forward.OW
+    gradient = problem.op == "weight_grad"  # its images are channels, and its sum is over the batch
+    depth = tiles.SMALL.depth
+    by_tap = not gradient and -(-C // depth) * depth <= _WASTE * C
+    slices = taps * -(-C // depth) if by_tap else -(-C * taps // depth)
+    wanted = tiles.choose_parts(O, plane * (forward.N if gradient else 1), forward.groups, slices)
+    if gradient:  # its weights are dy, which may be larger than any workspace: parts are packed one at a time
+        wanted = max(wanted, slices * depth * max(O, tiles.SMALL.outputs) * forward.groups // _PANELS)
+    part_slices = -(-slices // wanted)
+    parts = -(-slices // part_slices) if slices else 1  # none of them empty
+    tile = tiles.choose(problem.sum_dtype, O, plane * forward.N, forward.groups * parts)
+    whole = Launch(part, tile, by_tap, slices, parts, forward.N, parts)
+
+    itemsize = dtypes.itemsize(problem.sum_dtype)
+    room //= itemsize
+    most = min(forward.N, _most_images(whole))
+    least = whole.panel_size + whole.partial_size(1)
+    if least > room:
+        needed = fixed + itemsize * least
+        raise MemoryError(f"{NAME} on {problem} needs {needed} bytes of scratch, and workspace_limit leaves too few")
+    # All weights at once if there is room beside the partial sums of one image.
+    packed = min(parts, (room - whole.partial_size(1)) // max(whole.panel_size, 1)) if whole.panel_size else parts
+    left = room - packed * whole.panel_size
+    images = next(n for n in _halved(most) if n <= 1 or whole.partial_size(n) <= left)
+    return replace(whole, images=images, parts_packed=packed)
+
+
+def _halved(most: int) -> Iterator[int]:
+    """``most``, then half of it, and so on to 1 and for ever."""
+    while True:
+        yield most
+        most = max(1, most // 2)
+
+
+def _most_images(launched: Launch) -> int:
+    """Images whose tiles a grid can count, of 2^31 - 1 blocks."""
+    forward = launched.part.problem
+    tiles_p = launch.MAX_GRID_X // max(forward.groups * launched.parts * launched.tiles_o, 1)
+    return max(1, tiles_p * launched.tile.pixels // max(forward.OH * forward.OW, 1))
+
+
+def _told(launches: tuple[Launch, ...]) -> str:
+    """The choices in a few words, for explain."""
+    if not launches:
+        return "nothing to compute"
+    first = launches[0]
+    told = f"tile {first.tile}, slices {'of one tap' if first.by_tap else 'across taps'}"
+    told += f", sums in {first.parts} parts" if first.parts > 1 else ""
+    told += (
+        f", {first.images} of {first.part.problem.N} images at a time" if first.images < first.part.problem.N else ""
+    )
+    return told + (f", {len(launches)} convolutions" if len(launches) > 1 else "")
+
+
+def pack_key(plan: Plan) -> Any:
+    """The form of the panels; None where the kernel is kept as it is, because its panels are made piece by piece."""
+    launches = plan.config["launches"]
+    if any(part.parts_packed < part.parts for part in launches):
+        return None
+    return tuple((part.tile.outputs, part.tile.depth, part.by_tap, part.parts) for part in launches)
+
+
+def pack(plan: Plan, operands: Operands) -> Any:
+    """The panels of a forward convolution, one per launch, or the kernel; in device memory."""
+    from gpuconv.backends.numba_cuda import implicit_gemm_run
+
+    with launch.on_gpu(operands.ordinal):
+        stream = launch.stream(operands.stream, operands.x)
+        k: Any = launch.flat(operands.k, stream)
+        if pack_key(plan) is not None:
+            k = [implicit_gemm_run.packed(cut, k, operands.x, stream) for cut in plan.config["launches"]]
+        if stream:
+            stream.synchronize()  # other streams will read it
+        return k
+
+
+def run(plan: Plan, operands: Operands, out: Any) -> None:
+    """Launch the kernels on NumPy operands (uploaded and downloaded here) or on CuPy ones, on the given stream."""
+    from gpuconv.backends.numba_cuda import implicit_gemm_run
+
+    problem = plan.problem
+    with ExitStack() as stack:
+        stack.enter_context(launch.on_gpu(operands.ordinal))
+        stream = launch.stream(operands.stream, operands.x)
+        y = stack.enter_context(launch.output(out, stream))
+        x = launch.flat(operands.x, stream)
+        k = launch.flat(operands.k, stream) if operands.packed is None else operands.packed
+        bias = launch.vector(operands.x, operands.bias, dtypes.numpy_dtype(problem.sum_dtype), 1, stream)
+        held = []  # until the stack unwinds: what was uploaded must outlive the kernels
+        for number, cut in enumerate(plan.config["launches"]):
+            # Panels are of a forward convolution, which sees x and y as they are.
+            of_x, of_k, of_y = (x, k[number], y) if isinstance(k, list) else direct.views(problem, cut.part, x, k, y)
+            has_bias = operands.bias is not None
+            held.append(implicit_gemm_run.run(cut, of_x, of_k, of_y, bias, has_bias, operands.x, stream))

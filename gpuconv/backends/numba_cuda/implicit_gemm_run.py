@@ -1,0 +1,213 @@
+"""The launches of ``numba_cuda.implicit_gemm``: which specialisation reads and writes what, and its arguments."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from gpuconv import dtypes
+from gpuconv.backends.numba_cuda import gathers, implicit_gemm_kernel, launch, panels, partials, ptx
+from gpuconv.backends.numba_cuda.implicit_gemm import Launch
+from gpuconv.backends.numba_cuda.launch import Flat
+from gpuconv.backends.numba_cuda.tiles import Tile
+from gpuconv.problem import Conv2dProblem
+
+# Of the kernels that pack and add, whose threads each take several elements, a stride of the grid apart.
+THREADS, ELEMENTS = 128, 4
+
+# The kernel's types of what it is handed.
+_narrow, _wide = np.int32, np.int64
+
+
+@lru_cache(maxsize=128)
+def kernel(tile: Tile, dtype: str, gather: str, scatter: str) -> Any:
+    """The compiled-on-demand kernel of one specialisation."""
+    return launch.jit(implicit_gemm_kernel.build(tile, dtype, gather, scatter), tile.registers)
+
+
+@lru_cache(maxsize=32)
+def packer(dtype: str, outputs: int, depth: int, by_tap: bool, along_slots: bool = False) -> Any:
+    """The kernel that packs weights."""
+    return launch.jit(panels.build(dtype, outputs, depth, by_tap, along_slots))
+
+
+@lru_cache(maxsize=8)
+def adder(dtype: str, y_dtype: str) -> Any:
+    """The kernel that adds up parts."""
+    return launch.jit(partials.build(dtype, y_dtype))
+
+
+def run(cut: Launch, x: Flat, k: Any, y: Flat, bias: Any, has_bias: bool, like: Any, stream: Any) -> list[Any]:
+    """Make y of x and k, a Flat or its panels; returns the vectors that the kernels use until they have run."""
+    problem = cut.part.problem
+    dtype = dtypes.numpy_dtype(problem.sum_dtype)
+    weights = launch.scratch(like, dtype, cut.parts_packed * cut.panel_size) if isinstance(k, Flat) else k
+    partial = launch.scratch(like, dtype, cut.partial_size(cut.images)) if cut.parts > 1 else None
+    indices = tables(problem, x, like, stream)
+    # Both loops go round once where the scratch has room for all images and parts.
+    for image in range(0, problem.N, cut.images):
+        images = min(cut.images, problem.N - image)
+        seen = from_image(x, image)
+        made = from_image(y, image)
+        for part in range(0, cut.parts, cut.parts_packed):
+            parts = min(cut.parts_packed, cut.parts - part)
+            if isinstance(k, Flat) and (image == 0 or parts < cut.parts):
+                _pack(cut, k, weights, part, parts, stream)
+            if partial is None:
+                scatter = scatter_of(cut, made)
+                _multiply(cut, seen, weights, made, scatter, bias, has_bias, indices, images, part, parts, stream)
+            else:
+                # Planes of whole vectors: what the last one holds beyond the pixels is never read.
+                left = left_of(problem, partial, part, cut.plane(images))
+                _multiply(cut, seen, weights, left, "along_pixels", bias, False, indices, images, part, parts, stream)
+        if partial is not None:
+            add(problem, partial, cut.parts, cut.plane(images), made, bias, has_bias, images, stream)
+    return [weights, partial, indices]
+
+
+def packed(cut: Launch, k: Flat, like: Any, stream: Any) -> Any:
+    """The panels of all parts."""
+    dtype = dtypes.numpy_dtype(cut.part.problem.sum_dtype)
+    weights = launch.scratch(like, dtype, cut.parts * cut.panel_size)
+    _pack(cut, k, weights, 0, cut.parts, stream)
+    return weights
+
+
+def from_image(flat: Flat, image: int) -> Flat:
+    """The operand without its first images."""
+    return Flat(flat.vector, flat.offset + image * flat.strides[0], flat.strides)
+
+
+def left_of(problem: Conv2dProblem, partial: Any, part: int, plane: int) -> Flat:
+    """What the parts from ``part`` on leave, seen as y: (parts, groups, O, plane), all images in one plane."""
+    strides = (problem.OH * problem.OW, problem.O // problem.groups * plane, plane, problem.OW, 1)
+    return Flat(partial, part * problem.O * plane, strides)
+
+
+def tables(problem: Conv2dProblem, x: Flat, like: Any, stream: Any) -> list[Any]:
+    """The rows and columns that the windows read, as offsets in x: for each axis a vector and its two steps."""
+    found: list[Any] = []
+    for table, stride in zip(problem.tables(), x.strides[3:], strict=True):
+        offsets = np.where(table.index >= 0, table.index * stride, gathers.OUTSIDE)
+        vector = launch.vector(like, offsets, np.dtype(np.int64), 1, stream)
+        found += [vector, _narrow(table.outer), _narrow(table.inner)]
+    return found
+
+
+def gather_of(cut: Launch, x: Flat) -> str:
+    """How the kernel reads x: in vectors where channels are contiguous, and everything else is whole vectors."""
+    if not cut.by_tap:
+        return "mixed"
+    channels = cut.part.problem.C // cut.part.problem.groups
+    others = replace(x, strides=(*x.strides[:2], channels, *x.strides[3:]))
+    return "along_channels" if x.strides[2] == 1 and _in_vectors(cut, others) else "across_pixels"
+
+
+def scatter_of(cut: Launch, y: Flat) -> str:
+    """How the kernel writes y: in vectors where pixels or channels are contiguous, and all else is whole vectors."""
+    problem = cut.part.problem
+    n, group, o, row, column = y.strides
+    plane, outputs = problem.OH * problem.OW, problem.O // problem.groups
+    whole = plane % (ptx.VECTOR_BYTES // dtypes.itemsize(problem.sum_dtype)) == 0
+    if column == 1 and row == problem.OW and whole and _in_vectors(cut, replace(y, strides=(n, group, o))):
+        return "along_pixels"
+    if o == 1 and _in_vectors(cut, replace(y, strides=(n, group, outputs, row, column))):
+        return "along_outputs"
+    return "one_by_one"
+
+
+def _in_vectors(cut: Launch, flat: Flat) -> bool:
+    """Whether the operand begins at a multiple of 16 bytes and all its strides are."""
+    itemsize = dtypes.itemsize(cut.part.problem.sum_dtype)
+    steps = (launch.address(flat.vector), *(step * itemsize for step in (flat.offset, *flat.strides)))
+    return all(step % ptx.VECTOR_BYTES == 0 for step in steps)
+
+
+def _pack(cut: Launch, k: Flat, weights: Any, part: int, parts: int, stream: Any) -> None:
+    """Panels of ``parts`` parts from ``part`` on, into ``weights``."""
+    problem, tile = cut.part.problem, cut.tile
+    slots = cut.part_slices * tile.depth
+    if cut.panel_size == 0:  # a sum of nothing
+        return
+    function = packer(problem.sum_dtype, tile.outputs, tile.depth, cut.by_tap)
+    sizes = (problem.C // problem.groups, problem.O // problem.groups, problem.KH, problem.KW, problem.groups)
+    function[blocks(parts * cut.panel_size), THREADS, stream](
+        *k.arguments(), weights, part * slots, parts * slots, *sizes
+    )
+
+
+def _multiply(
+    cut: Launch,
+    x: Flat,
+    weights: Any,
+    y: Flat,
+    scatter: str,
+    bias: Any,
+    has_bias: bool,
+    tables: list[Any],
+    images: int,
+    part: int,
+    parts: int,
+    stream: Any,
+) -> None:
+    """The sums of ``parts`` parts from ``part`` on, into y."""
+    problem, tile = cut.part.problem, cut.tile
+    pixels = images * problem.OH * problem.OW
+    grid = -(-pixels // tile.pixels) * cut.tiles_o * problem.groups * parts
+    function = kernel(tile, problem.sum_dtype, gather_of(cut, x), scatter)
+    n, group, channel, _, _ = x.strides
+    function[grid, tile.threads, stream](
+        x.vector,
+        *map(_wide, (x.offset, n, group, channel)),
+        *tables,
+        weights,
+        bias,
+        has_bias,
+        cut.parts == 1 and problem.activation == "relu",
+        y.vector,
+        *map(_wide, (y.offset, problem.O * cut.plane(images), *y.strides)),
+        _wide(images),
+        *map(_narrow, (problem.C // problem.groups, problem.O // problem.groups, problem.KH, problem.KW)),
+        *map(_wide, (problem.OH, problem.OW)),
+        _narrow(problem.groups),
+        dtypes.numpy_dtype(problem.sum_dtype).type(problem.fill),
+        *map(_narrow, (cut.slices, part, parts, cut.part_slices)),
+    )
+
+
+def add(
+    problem: Conv2dProblem,
+    partial: Any,
+    parts: int,
+    plane: int,
+    y: Flat,
+    bias: Any,
+    has_bias: bool,
+    images: int,
+    stream: Any,
+) -> None:
+    """What the parts left, (parts, O, plane), added up into y."""
+    elements = images * problem.O * problem.OH * problem.OW
+    adder(problem.sum_dtype, problem.y_dtype)[blocks(elements), THREADS, stream](
+        partial,
+        problem.O * plane,
+        plane,
+        bias,
+        has_bias,
+        problem.activation == "relu",
+        *y.arguments(),
+        parts,
+        images,
+        problem.O // problem.groups,
+        problem.OH,
+        problem.OW,
+        problem.groups,
+    )
+
+
+def blocks(elements: int) -> int:
+    """Blocks of a kernel that packs or adds."""
+    return min(-(-elements // (THREADS * ELEMENTS)), launch.MAX_GRID_X)

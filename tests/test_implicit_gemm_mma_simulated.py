@@ -1,0 +1,183 @@
+"""``numba_cuda.implicit_gemm_mma`` in Numba's simulator, its instructions played by ``simulated_warp``.
+
+``test_implicit_gemm_mma.py`` starts this file in a process of its own, because Numba decides on import whether CUDA is
+simulated.
+"""
+
+from __future__ import annotations
+
+import cases
+import numpy as np
+import oracle
+import pytest
+import units
+from running import SIMULATED, SIMULATOR_MARKS
+
+if not SIMULATED:
+    pytest.skip("runs in the simulator's own process", allow_module_level=True)
+
+import simulated_warp
+
+import gpuconv
+from gpuconv import dispatch
+from gpuconv.backends.numba_cuda import channels_last, implicit_gemm_mma, implicit_gemm_mma_run, launch, tiles
+
+NAME = "numba_cuda.implicit_gemm_mma"
+pytestmark = SIMULATOR_MARKS
+# Relative to ‖ |x| ∗ |k| ‖₂: what the levels promise of float32.
+PROMISED = {"high": 2e-5, "medium": 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    simulated_warp.install(monkeypatch)
+    monkeypatch.setattr(implicit_gemm_mma, "unavailable", lambda: None)
+    implicit_gemm_mma_run.kernel.cache_clear()
+    dispatch.choose.cache_clear()
+    yield
+    implicit_gemm_mma_run.kernel.cache_clear()
+    dispatch.choose.cache_clear()
+
+
+def operands(dtype: str, x_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.default_rng(sum(x_shape) + sum(k_shape))
+    shapes = x_shape, k_shape, (k_shape[0],)
+    return [rng.standard_normal(shape).astype(cases.numpy_dtype(dtype)) for shape in shapes]
+
+
+def check(dtype: str, x_shape: tuple, k_shape: tuple, precision: str = "highest", **kwargs: object) -> np.ndarray:
+    """Against the oracle, into poisoned memory."""
+    x, k, bias = operands(dtype, x_shape, k_shape)
+    answer = oracle.answer(x, k, bias, **kwargs)
+    out = units.unwritten(answer)
+    gpuconv.conv2d(x, k, bias, backend=NAME, out=out.array, precision=precision, **kwargs)
+    out.check_edges(str(kwargs))
+    if dtype == "float32":
+        size = np.linalg.norm(answer.magnitude.astype(float))
+        assert np.linalg.norm((out.array - answer.y).astype(float)) <= PROMISED[precision] * size
+    else:
+        units.assert_close(out.array, answer, f"{dtype} {kwargs}", units.limit_of(answer))
+    return out.array
+
+
+NHWC = {"layout": "NHWC", "kernel_layout": "HWIO"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bits_one_beyond_the_tiles_edges(dtype):
+    """129 outputs and 65 pixels: two tiles each way; 33 channels: two slices, the second with one."""
+    check(dtype, (1, 33, 5, 13), (129, 33, 1, 1), activation="relu")
+
+
+def test_channels_last_in_place():
+    """Whole vectors of 8 channels, the slice's last ones beyond C; taps, padding and stride."""
+    x, k, _ = operands("float16", (1, 5, 6, 8), (3, 3, 8, 16))
+    bias = np.zeros(16, np.float16)
+    answer = oracle.answer(x, k, bias, padding=1, stride=2, **NHWC)
+    y = gpuconv.conv2d(x, k, bias, backend=NAME, padding=1, stride=2, **NHWC)
+    units.assert_close(y, answer, "in place")
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_float32(precision):
+    """Within the promise of its level, and 3xTF32 as good as float32's own sums."""
+    x, k, _ = operands("float32", (1, 19, 5, 4), (17, 19, 3, 2))
+    y = check("float32", x.shape, k.shape, precision=precision, padding=1)
+    wanted = oracle.answer(x, k, operands("float32", x.shape, k.shape)[2], padding=1)
+    error = np.linalg.norm((y - wanted.y).astype(float)) / np.linalg.norm(wanted.y.astype(float))
+    assert error < 1e-6 if precision == "high" else 1e-5 < error < 1e-3
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"padding": ((1, 2), (3, 0)), "padding_value": -2.5},
+        {"padding": 2, "padding_mode": "reflect", "stride": (2, 1)},
+        {"padding": 3, "padding_mode": "wrap", "dilation": (2, 1), "groups": 2},
+        {"flip": True, "groups": 2, "activation": "relu"},
+    ],
+    ids=["value", "reflect", "wrap_grouped", "flip_grouped"],
+)
+def test_any_geometry(kwargs):
+    groups = kwargs.get("groups", 1)
+    check("float16", (2, 6, 6, 5), (4, 6 // groups, 3, 2), **kwargs)
+
+
+def test_sums_in_parts_and_images_in_turn(monkeypatch):
+    """The parts are added in order: the same bits, however many images are under way at once."""
+    monkeypatch.setattr(tiles, "choose_parts", lambda outputs, pixels, copies, slices: 3)
+    x, k, bias = operands("float16", (3, 34, 3, 3), (5, 34, 2, 2))
+    answer = oracle.answer(x, k, bias, padding=1, activation="relu")
+    found = {}
+    for limit in (90_000, 76_000):
+        y = gpuconv.conv2d(x, k, bias, backend=NAME, padding=1, activation="relu", workspace_limit=limit)
+        units.assert_close(y, answer, "parts", units.limit_of(answer))
+        plan = gpuconv.explain(x, k, bias, padding=1, activation="relu", backend=NAME, workspace_limit=limit).plan
+        (cut,) = plan.config["launches"]
+        assert cut.parts == 3
+        found[cut.images] = y.tobytes()
+    assert found.keys() == {1, 3}
+    assert found[1] == found[3]
+
+
+def test_input_gradient():
+    dy, k, _ = operands("float16", (2, 6, 3, 3), (6, 4, 3, 3))
+    found = gpuconv.grad.conv2d_input((2, 4, 6, 7), k, dy, stride=2, padding=(1, 0), backend=NAME)
+    wanted = gpuconv.grad.conv2d_input(
+        (2, 4, 6, 7), k.astype(float), dy.astype(float), stride=2, padding=(1, 0), backend="numpy.reference"
+    )
+    assert np.abs(found - wanted).max() <= 2**-10 * np.abs(wanted).max()
+
+
+def test_nan_reaches_what_reads_it_and_nothing_else():
+    """Not through the channels, outputs and pixels that fill up the tiles."""
+    x, k, _ = operands("float16", (1, 9, 4, 4), (3, 9, 2, 2))
+    x[0, 8, 1, 2] = np.nan
+    y = gpuconv.conv2d(x, k, backend=NAME)
+    wanted = np.zeros((3, 3), bool)
+    wanted[0:2, 1:3] = True
+    assert np.array_equal(np.isnan(y), np.broadcast_to(wanted, y.shape))
+
+
+def test_swapped_bytes_and_strided_views():
+    x, k, bias = operands("float16", (1, 9, 4, 4), (3, 9, 2, 2))
+    plain = gpuconv.conv2d(x, k, bias, backend=NAME)
+    swapped = gpuconv.conv2d(x.astype(">f2"), k.astype(">f2"), bias, backend=NAME)
+    wide = np.full((1, 18, 4, 9), np.nan, np.float16)
+    wide[:, ::2, :, 7::-2] = x
+    assert swapped.tobytes() == gpuconv.conv2d(wide[:, ::2, :, 7::-2], k, bias, backend=NAME).tobytes()
+    assert swapped.tobytes() == plain.tobytes()
+
+
+def test_prepared_weights():
+    x, k, bias = operands("float16", (1, 9, 4, 4), (3, 9, 2, 2))
+    layer = gpuconv.Conv2d(k, bias, backend=NAME)
+    assert layer(x).tobytes() == gpuconv.conv2d(x, k, bias, backend=NAME).tobytes() == layer(x).tobytes()
+
+
+@pytest.mark.parametrize(("C", "H", "W"), [(1, 1, 1), (33, 5, 7), (5, 3, 11), (64, 2, 16)])
+def test_channels_are_put_side_by_side(C, H, W):
+    """Whole tiles of 32 × 32 and not, in both groups of both images; channels rounded up to 8 are zero."""
+    x = np.arange(2 * 2 * C * H * W, dtype=np.float32).reshape(2, 2, C, H, W)
+    channels = -(-C // 8) * 8
+    copied = np.full((2, H, W, 2, channels), np.nan, np.float32)
+    side = channels_last.SIDE
+    grid = 2 * 2 * -(-channels // side) * -(-H * W // side)
+    strides = [step // 4 for step in x.strides]
+    turn = launch.jit(channels_last.build("float32"))
+    turn[grid, channels_last.THREADS](x.ravel(), 0, *strides, copied.ravel(), channels, 2, C, H, W, 2)
+    assert np.array_equal(copied[..., :C], x.transpose(0, 3, 4, 1, 2))
+    assert not copied[..., C:].any()
+
+
+def test_a_missing_wait_is_seen(monkeypatch):
+    """The proof above can fail: one group too many left in flight gives NaN."""
+
+    def hasty(pending: int) -> tuple:
+        return simulated_warp.async_copies(pending + 1)
+
+    from gpuconv.backends.numba_cuda import ptx
+
+    monkeypatch.setattr(ptx, "async_copies", hasty)
+    x, k, _ = operands("float16", (1, 9, 4, 4), (3, 9, 2, 2))
+    assert np.isnan(gpuconv.conv2d(x, k, backend=NAME)).any()
