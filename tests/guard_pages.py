@@ -43,7 +43,7 @@ from gpuconv.backends.protocol import Operands, Target
 from gpuconv.problem import Conv2dProblem
 
 PAGE, NO_PERMISSION = mmap.PAGESIZE, 0
-NAMES = [name for name in dispatch.serving("forward", "cpu") if dispatch.library_of(name) == "numba_cpu"]
+NAMES = [name for name in dispatch.TABLE if dispatch.library_of(name) == "numba_cpu"]
 KERNEL_AXES = {"OIHW": (0, 1, 2, 3), "HWIO": (2, 3, 1, 0), "OHWI": (0, 2, 3, 1)}
 # What NumPy's own casting loops buffer: 8,192 elements for each of three operands.
 SLACK = 3 * 8192 * 8
@@ -198,6 +198,10 @@ BUDGETS: dict[str, dict[str, tuple[Any, ...]]] = {
     "rows": {"_IN_PLACE": (1, 20), "_WINDOW": (1, 9000)},
     "merged": {"_PIXELS": (70,)},
     "pointwise": {"_WEIGHTS": (1, 2000)},
+    "separable": {"_WINDOW": (1, 9000), "_HIGH": (4, 8), "_WIDE": (20, 90)},
+    "weight_grad": {"_ALONE": (0,), "_SUMS": (1, 4096), "_INPUTS": (1, 4096), "_OUTPUTS": (8, 64), "_LOT": (1, 100),
+                    "_PART": (1,)},
+    "weight_planes": {"_ALONE": (0,)},
 }  # fmt: skip
 EXTENTS = (1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 14, 15, 16, 17, 20, 28, 31, 32, 33)
 WIDE = (47, 48, 49, 63, 64, 65, 95, 97, 127, 128, 129, 145, 200, 258, 300)
@@ -210,8 +214,11 @@ def sizes(rng: random.Random, name: str) -> dict[str, Any]:
     one_by_one = kind == "pointwise" or (kind == "pixels" and rng.random() < 0.4)
     taps = (1, 1, 2, 3, 3, 3, 4, 5, 7) if rng.random() < 0.93 else (9, 11, 15, 31, 330)
     KH, KW = (1, 1) if one_by_one else (3, 3) if kind == "winograd" else (rng.choice(taps), rng.choice(taps))
-    stride = (1, 1) if kind == "winograd" or rng.random() < 0.5 else (rng.randint(1, 3), rng.randint(1, 3))
-    dilation = (1, 1) if kind == "winograd" or rng.random() < 0.6 else (rng.randint(1, 3), rng.randint(1, 3))
+    if kind == "separable":
+        KH, KW = rng.choice((4, 5, 7, 9, 15, 31)), rng.choice((4, 5, 7, 9, 15, 31))
+    plain = kind in ("winograd", "separable")
+    stride = (1, 1) if plain or rng.random() < 0.5 else (rng.randint(1, 3), rng.randint(1, 3))
+    dilation = (1, 1) if plain or rng.random() < 0.6 else (rng.randint(1, 3), rng.randint(1, 3))
     if kind == "rows":
         dilation = (1, dilation[1])
     N = rng.choice((0, 1, 1, 1, 2, 2, 3, 4, 5))
@@ -219,9 +226,9 @@ def sizes(rng: random.Random, name: str) -> dict[str, Any]:
     C, O = rng.choice(CHANNELS), rng.choice(CHANNELS)
     if rng.random() < 0.12:
         C = rng.choice((0, 100, 128, 131, 150, 257, 300, 330))
-    if kind in ("channels", "lanes", "rows"):
+    if kind in ("channels", "lanes", "rows", "separable") or (kind == "weight_planes" and rng.random() < 0.5):
         groups, C = C if C else 3, 1
-        O = rng.choice((1, 1, 2, 3)) if kind == "rows" else 1
+        O = 1 if kind in ("channels", "lanes") else rng.choice((1, 1, 2, 3))
     H, W = rng.choice(EXTENTS), rng.choice(EXTENTS + WIDE)
     if rng.random() < 0.1:
         H, W = W, H
@@ -241,9 +248,10 @@ def problem_of(rng: random.Random, name: str, kinds: Sequence[str]) -> Conv2dPro
     given = sizes(rng, name)
     kind = rng.choice(kinds)
     narrow = kind in ("float16", "bfloat16")
-    last = {"channels": 1.0, "pixels": 0.4}.get(name.rpartition(".")[2], 0.2)
+    last = {"channels": 1.0, "pixels": 0.4, "separable": 0.0}.get(name.rpartition(".")[2], 0.2)
     layout = "NHWC" if rng.random() < last else "NCHW"
-    forward = rng.random() < 0.75
+    weights = ".weight_" in name
+    forward = not weights and (name.endswith("separable") or rng.random() < 0.75)
     mode = rng.choice(("constant", "constant", "constant", "reflect", "symmetric", "edge", "wrap"))
     if not forward or name.endswith(("channels", "pixels", "lanes", "winograd")):
         mode = "constant"
@@ -256,10 +264,11 @@ def problem_of(rng: random.Random, name: str, kinds: Sequence[str]) -> Conv2dPro
             x if layout == "NCHW" else tuple(x[axis] for axis in (0, 2, 3, 1)),
             tuple(k[axis] for axis in KERNEL_AXES[order]),
             x_dtype=kind, k_dtype="float32" if narrow and rng.random() < 0.3 else kind, dtype=kind,
-            bias=rng.random() < 0.5, stride=given["stride"], padding=given["padding"], dilation=given["dilation"],
+            bias=not weights and rng.random() < 0.5, stride=given["stride"], padding=given["padding"], dilation=given["dilation"],
             groups=given["groups"], padding_mode=mode, padding_value=1.5 if filled else 0, flip=rng.random() < 0.2,
-            layout=layout, kernel_layout=order, activation="relu" if rng.random() < 0.3 else None,
-            precision="high" if name.endswith("winograd") else "highest", op="forward" if forward else "input_grad",
+            layout=layout, kernel_layout=order, activation="relu" if not weights and rng.random() < 0.3 else None,
+            precision="high" if name.endswith(("winograd", "separable")) else "highest",
+            op="weight_grad" if weights else "forward" if forward else "input_grad",
         )  # fmt: skip
     except ValueError:
         return None
@@ -274,7 +283,7 @@ class Case:
         rng = random.Random(number)
         self.number, self.name = number, rng.choice(names or NAMES)
         self.implementation: Any = dispatch.implementation(self.name)
-        self.target = Target("cpu", None, rng.randint(1, 3), rng.choice(bits))
+        self.target = Target("cpu", None, rng.randint(1, 3), rng.choice(bits), separable=True)
         while True:
             problem = problem_of(rng, self.name, kinds)
             if problem is not None and not self.implementation.unsupported(problem, self.target):
@@ -287,10 +296,11 @@ class Case:
                 for name, values in BUDGETS[module].items():
                     if rng.random() < 0.6:
                         self.budgets[f"{module}.{name}"] = rng.choice(values)
-        images = [shape if problem.layout == "NCHW" else tuple(shape[axis] for axis in (0, 2, 3, 1))
-                  for shape in (problem.operand_shapes[0], problem.result_shape)]  # fmt: skip
-        kernel = tuple(problem.k_shape[axis] for axis in KERNEL_AXES[problem.kernel_layout])
-        self.shapes = images[0], kernel, images[1]
+        first, second = problem.operand_shapes
+        weights = problem.op == "weight_grad"
+        self.shapes = (
+            held(problem, first, True), held(problem, second, weights), held(problem, problem.result_shape, not weights)
+        )  # fmt: skip
         self.kinds = problem.x_dtype, problem.k_dtype, problem.y_dtype
         self.forms = [form_of(rng, repeats) for repeats in (True, True, False)]
         self.prepared = rng.random() < 0.4
@@ -323,7 +333,14 @@ class Case:
         types = [dtypes.numpy_dtype(kind) for kind in self.kinds]
         found = []
         for shape, dtype, form in zip(self.shapes[:2], types, self.forms, strict=False):
-            found.append(fence.laid(source.standard_normal(shape).astype(dtype), form))
+            values = source.standard_normal(shape)
+            if found and self.name.endswith("separable"):  # a column times a row
+                axes = KERNEL_AXES[self.problem.kernel_layout]
+                down, across = (
+                    [slice(None) if axis in kept else slice(1) for axis in axes] for kept in ((0, 2), (0, 3))
+                )
+                values = values[tuple(down)] * values[tuple(across)] * np.ones(shape)
+            found.append(fence.laid(values.astype(dtype), form))
         found.append(fence.room(self.shapes[2], types[2], self.forms[2]))
         bias = source.standard_normal(self.problem.result_channels).astype(types[2])
         return found, fence.copy(bias) if self.problem.bias else None
@@ -349,14 +366,16 @@ def reference(problem: Conv2dProblem, x: Any, k: Any, bias: Any) -> np.ndarray:
     implementation = dispatch.implementation("numpy.reference")
     plan = implementation.plan(problem, Target("cpu"), 1 << 28)
     views = [request.view(problem, which, a.astype(np.float64)) for which, a in enumerate((x, k))]
-    out = request.view(problem, 2, np.empty(shape_of(problem)))
+    out = request.view(problem, 2, np.empty(held(problem, problem.result_shape, problem.op != "weight_grad")))
     implementation.run(plan, Operands(*views, None if bias is None else bias.astype(np.float64)), out)
     return out
 
 
-def shape_of(problem: Conv2dProblem) -> tuple[int, ...]:
-    shape = problem.result_shape
-    return shape if problem.layout == "NCHW" else tuple(shape[axis] for axis in (0, 2, 3, 1))
+def held(problem: Conv2dProblem, shape: tuple[int, ...], image: bool) -> tuple[int, ...]:
+    """The shape of an array as its caller holds it: an image, or a kernel."""
+    if image:
+        return shape if problem.layout == "NCHW" else tuple(shape[axis] for axis in (0, 2, 3, 1))
+    return tuple(shape[axis] for axis in KERNEL_AXES[problem.kernel_layout])
 
 
 def check(case: Case, y: np.ndarray, x: np.ndarray, k: np.ndarray, bias: np.ndarray | None) -> None:
