@@ -31,6 +31,7 @@ from gpuconv.backends.numba_cpu.pixels_work import IN_PLACE, STRIPS, TAPS
 from gpuconv.backends.numba_cpu.turns import BUFFER
 from gpuconv.backends.numba_cpu.vectors import Lanes
 from gpuconv.backends.protocol import Operands, Plan, Target
+from gpuconv.geometry import window
 from gpuconv.problem import Conv2dProblem
 
 NAME = "numba_cpu.pixels"
@@ -49,6 +50,8 @@ _PRODUCTS = 1024  # of a panel of weights at once, where they do not stay in the
 _PIXELS = 1024  # of a unit
 _COPIED = 640 << 10  # bytes of the copies of a unit
 _LEAST_OUTPUTS = 8  # per group
+_WINDOW = 1 << 22  # elements of a window that is copied
+_PLANE = 1024  # pixels of an image that is gone through tap by tap
 _ALONE = 1 << 19  # products below which starting threads costs more than it gives
 
 
@@ -57,6 +60,11 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     reasons = dense.unsupported(problem, target)
     if problem.padding_mode != "constant":
         reasons.append(f"it pads with constants only, not {problem.padding_mode!r}")
+    for part in dense.parts(problem):
+        high, wide = (window(k, d) for k, d in zip((part.KH, part.KW), part.dilation, strict=True))
+        if high * wide * part.C // part.groups > _WINDOW and _way(part)[0] == STRIPS:
+            reasons.append(f"it copies whole windows, of {high}×{wide} pixels; numba_cpu.strip copies what taps read")
+            break
     if problem.result_channels // problem.groups < _LEAST_OUTPUTS and problem.groups > 1:
         reasons.append(f"it wants at least {_LEAST_OUTPUTS} output channels per group, which fill its vectors")
     return reasons
@@ -87,7 +95,7 @@ def _way(problem: Conv2dProblem) -> tuple[int, list[tuple[int, int]]]:
         return STRIPS, taps
     if len(taps) == 1:
         return IN_PLACE, taps
-    small = problem.OW <= 14 and problem.OH * problem.OW <= 256
+    small = problem.OW <= 14 and problem.OH * problem.OW <= 256 and problem.H * problem.W <= _PLANE
     zeros = problem.fill == 0 or len(whole) == len(taps)  # what taps leave out
     if small and zeros and problem.C // problem.groups >= 128:
         taps.remove(whole[-1])
