@@ -19,6 +19,7 @@ _SLOWER = ("#fbc98a", "#c2660a", "#7a3d00")
 _FAINT = "#666666"
 _NAMES = {
     "torch": "PyTorch",
+    "torch-ahead": "PyTorch, ahead",
     "onnxruntime": "ONNX Runtime",
     "opencv": "OpenCV",
     "scipy": "SciPy",

@@ -1,4 +1,4 @@
-"""Convolution of images whose channels lie side by side (NHWC): output channels in the lanes, an address per pixel.
+"""Convolution with output channels in the lanes and an address per pixel, for channels that lie side by side (NHWC).
 
     y[n,o,i,j] = b[o] + Σ_pqc x[n,c, i·s+p·d-pad, j·s+q·d-pad] · k[o,c,p,q]
 
@@ -11,7 +11,7 @@ taps      Small planes of many channels: one tap after the other, for the pixels
           padding exists, so nothing is multiplied with it.
 
 Arrays that the micro-kernel cannot read or write where they lie, because of their strides or 16-bit numbers, are copied
-a unit of work at a time. Weights that fit the second-level cache are gone through for each tile of pixels; larger ones
+a unit of work at a time; planes of pixels (NCHW) are turned over on the way, in square blocks of registers. Weights that fit the second-level cache are gone through for each tile of pixels; larger ones
 once for all pixels of a unit, while the next panel of them is fetched.
 """
 
