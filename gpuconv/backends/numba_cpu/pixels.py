@@ -11,8 +11,9 @@ taps      Small planes of many channels: one tap after the other, for the pixels
           padding exists, so nothing is multiplied with it.
 
 Arrays that the micro-kernel cannot read or write where they lie, because of their strides or 16-bit numbers, are copied
-a unit of work at a time; planes of pixels (NCHW) are turned over on the way, in square blocks of registers. Weights that fit the second-level cache are gone through for each tile of pixels; larger ones
-once for all pixels of a unit, while the next panel of them is fetched.
+a unit of work at a time; planes of pixels (NCHW) are turned over on the way, in square blocks of registers. Weights
+that fit the second-level cache are gone through for each tile of pixels; larger ones once for all pixels of a unit,
+while the next panel of them is fetched.
 """
 
 from __future__ import annotations
