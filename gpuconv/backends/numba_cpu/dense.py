@@ -39,6 +39,15 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     return reasons
 
 
+def unsupported_as_they_are(problem: Conv2dProblem, target: Target) -> list[str]:
+    """``unsupported``, for kernels that read the second operand as it is, too, instead of a converted copy."""
+    reasons = unsupported(problem, target)
+    if not reasons and problem.k_dtype not in _READS[problem.sum_dtype]:
+        readable = " or ".join(_READS[problem.sum_dtype])
+        reasons.append(f"for sums in {problem.sum_dtype} it reads {readable}; not {problem.k_dtype}")
+    return reasons
+
+
 def parts(problem: Conv2dProblem) -> list[Conv2dProblem]:
     """The forward convolutions that make up ``problem``."""
     return [phase.problem for phase in phases.phases(problem)] if problem.op == "input_grad" else [problem]

@@ -34,7 +34,7 @@ ARRAYS = "numpy"
 OPS = frozenset(("weight_grad",))
 
 unavailable = runtime.unavailable
-unsupported = dense.unsupported
+unsupported = dense.unsupported_as_they_are
 
 # Pixels whose sums are added up in float32, and chunks from which on a part is worth its memory.
 _LOT, _PART = 4096, 8

@@ -81,7 +81,7 @@ PLACED, MANY, SOME, DIRECT, STRIP, LOT = range(strip.END, strip.END + 6)
 
 def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     """Why it cannot run ``problem``."""
-    reasons = dense.unsupported(problem, target)
+    reasons = dense.unsupported_as_they_are(problem, target)
     if problem.O // problem.groups > _OUTPUTS:
         reasons.append(f"it is for at most {_OUTPUTS} output channels per group; numba_cpu.weight_grad is for more")
     return reasons
