@@ -205,3 +205,23 @@ def test_a_damaged_cache_of_kernels_is_replaced(damage, tmp_path):
             path.write_bytes({"cut": content[:-1], "empty": b"", "noise": content[::-1], "bit": flipped}[damage])
     assert said() == first
     assert damage == "folder" or said() == "1764 []\n"
+
+
+@pytest.mark.parametrize("backend", ["numba_cpu.weight_planes", "numba_cpu.weight_grad", None])
+def test_weight_gradients_of_two_kinds_of_floats(backend):
+    """What the kernels do not read as it is, they refuse: narrowing float64 to float16 ended the process."""
+    O, groups = (16, 1) if backend == "numba_cpu.weight_grad" else (3, 3)
+    x, g = np.ones((2, 3, 9, 9), np.float64), np.ones((2, O, 7, 7), np.float16)
+    options = {"groups": groups, "backend": backend}
+    if backend is None:
+        assert (gpuconv.grad.conv2d_weight(x, (O, 3 // groups, 3, 3), g, **options) == 98).all()
+        return
+    with pytest.raises(gpuconv.NoBackendError, match="it reads float64; not float16"):
+        gpuconv.grad.conv2d_weight(x, (O, 3 // groups, 3, 3), g, **options)
+
+
+def test_a_stride_beyond_all_planes():
+    x, k = np.ones((1, 1, 4, 4), np.float32), np.ones((1, 1, 3, 3), np.float32)
+    assert gpuconv.conv2d(x, k, stride=2**31 - 1).item() == 9
+    with pytest.raises(gpuconv.NoBackendError, match="strides of at most"):
+        gpuconv.conv2d(x, k, stride=2**31 - 1, backend="numba_cpu.lanes")

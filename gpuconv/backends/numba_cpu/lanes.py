@@ -38,6 +38,8 @@ _PIXELS = {512: 14, 256: 7, 128: 7}
 _WAITING = 512
 # Elements of the largest padded plane: beyond, rows are long enough to be vectors themselves.
 _LARGEST = 1 << 15
+# Pixels from output to output across: beyond the last output of a row, a few more are read.
+_STRIDE = 1 << 10
 
 # The table of arguments.
 X, WEIGHTS, Y, SCRATCH, FINISH, FILL = range(runtime.ARRAYS)
@@ -72,6 +74,8 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     )
     if rows_ * columns > _LARGEST:
         reasons.append(f"it is for small planes: {rows_} × {columns} pixels are more than {_LARGEST}")
+    if problem.op == "forward" and problem.stride[1] > _STRIDE:
+        reasons.append(f"it is for strides of at most {_STRIDE} pixels across; got {problem.stride[1]}")
     return reasons
 
 
