@@ -242,17 +242,6 @@ def kernel_of(problem: Conv2dProblem, lanes: Lanes) -> tuple[str, Callable[[], C
     return f"lanes_{lanes}_{x}_{y}", lambda: _kernel(lanes, x, y)
 
 
-def turned(e: Emitter, vectors: list[Value]) -> list[Value]:
-    """A square of vectors, transposed: as many perfect shuffles as its side has binary digits."""
-    n = e.lanes.count
-    low = [lane // 2 + n * (lane % 2) for lane in range(n)]
-    high = [n // 2 + lane // 2 + n * (lane % 2) for lane in range(n)]
-    for _ in range(n.bit_length() - 1):
-        pairs = zip(vectors[: n // 2], vectors[n // 2 :], strict=True)
-        vectors = [e.shuffle(a, b, lanes) for a, b in pairs for lanes in (low, high)]
-    return vectors
-
-
 def _inward(e: Emitter, to: Value, source: Value, ld: Value, count: Value, places: Value, present: Value) -> None:
     """to[places[p] + c] = source[c·ld + p] for all p < count; the last channel also stands for those that are not
     present.
@@ -266,7 +255,7 @@ def _inward(e: Emitter, to: Value, source: Value, ld: Value, count: Value, place
     starts = [e.at(source, channel(c)) for c in range(n)]
 
     def put(p: Value, vectors: list[Value]) -> None:
-        for i, vector in enumerate(turned(e, vectors)):
+        for i, vector in enumerate(e.transposed(vectors)):
             e.store(vector, e.at(to, builder.load(e.at(places, p, i))))
 
     p = e.loop(0, count, n, lambda p: put(p, [e.load(e.at(start, p)) for start in starts]))
@@ -282,7 +271,7 @@ def _outward(e: Emitter, to: Value, source: Value, ld: Value, count: Value, pres
 
     def put(p: Value) -> None:
         left = builder.sub(count, p)
-        vectors = turned(e, [e.load(e.at(source, e.times(p, n), i * n)) for i in range(n)])
+        vectors = e.transposed([e.load(e.at(source, e.times(p, n), i * n)) for i in range(n)])
         for c, vector in enumerate(vectors):
             there = builder.select(builder.icmp_signed("<", I64(c), present), left, I64(0))
             e.masked_store(vector, e.at(to, e.times(ld, c), p), e.mask(there))

@@ -190,8 +190,6 @@ def _transposed(e: Emitter, to: Value, source: Value, places: Value, ld: Value, 
                 width: Value) -> None:  # fmt: skip
     """to[places[k]·width + i] = source[i·ld + k] for as many i as there are lanes, zero from i = present on."""
     builder, n = e.builder, e.lanes.count
-    low = [lane // 2 + n * (lane % 2) for lane in range(n)]
-    high = [n // 2 + lane // 2 + n * (lane % 2) for lane in range(n)]
 
     def body(k: Value) -> None:
         left = builder.sub(count, k)
@@ -199,11 +197,7 @@ def _transposed(e: Emitter, to: Value, source: Value, places: Value, ld: Value, 
         for i in range(n):
             there = builder.select(builder.icmp_signed("<", I64(i), present), left, I64(0))
             columns.append(e.masked_load(e.at(source, e.times(ld, i), k), e.mask(there)))
-        half = n // 2
-        size = n
-        while size > 1:  # each vector merged, element by element, with its partner half the rows away
-            columns = [e.shuffle(columns[i], columns[i + half], order) for i in range(half) for order in (low, high)]
-            size //= 2
+        columns = e.transposed(columns)
         for u in range(n):
             with builder.if_then(builder.icmp_signed("<", I64(u), left)):
                 e.store(columns[u], e.at(to, builder.mul(builder.load(e.at(places, k, u)), width)))

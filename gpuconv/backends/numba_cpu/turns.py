@@ -35,20 +35,10 @@ def turned(lanes: Lanes) -> Any:
 
 def _turned(e: Emitter, to: Value, source: Value, ld_to: Value, ld: Value, present: Value, count: Value) -> None:
     builder, n = e.builder, e.lanes.count
-    low = [lane // 2 + n * (lane % 2) for lane in range(n)]
-    high = [n // 2 + lane // 2 + n * (lane % 2) for lane in range(n)]
-
-    def crossed(lines: list[Value]) -> list[Value]:
-        """The columns of a square: each line merged, element by element, with its partner half the lines away."""
-        half, size = n // 2, n
-        while size > 1:
-            lines = [e.shuffle(lines[i], lines[i + half], order) for i in range(half) for order in (low, high)]
-            size //= 2
-        return lines
 
     def square(k: Value) -> None:
         lines = [e.load(e.at(source, e.times(ld, i), k)) for i in range(n)]
-        for u, column in enumerate(crossed(lines)):
+        for u, column in enumerate(e.transposed(lines)):
             e.store(column, e.at(to, builder.mul(builder.add(k, e.i64(u)), ld_to)))
 
     def part(k: Value) -> None:
@@ -57,7 +47,7 @@ def _turned(e: Emitter, to: Value, source: Value, ld_to: Value, ld: Value, prese
         for i in range(n):
             exists = builder.select(builder.icmp_signed("<", e.i64(i), present), left, e.i64(0))
             lines.append(e.masked_load(e.at(source, e.times(ld, i), k), e.mask(exists)))
-        for u, column in enumerate(crossed(lines)):
+        for u, column in enumerate(e.transposed(lines)):
             with builder.if_then(builder.icmp_signed("<", e.i64(u), left)):
                 e.masked_store(column, e.at(to, builder.mul(builder.add(k, e.i64(u)), ld_to)), there)
 

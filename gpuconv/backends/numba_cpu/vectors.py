@@ -200,6 +200,16 @@ class Emitter:
         """The given lanes of a followed by b."""
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
 
+    def transposed(self, vectors: list[Value]) -> list[Value]:
+        """A square of vectors, transposed: as many perfect shuffles as its side has binary digits."""
+        n = self.lanes.count
+        low = [lane // 2 + n * (lane % 2) for lane in range(n)]
+        high = [n // 2 + lane // 2 + n * (lane % 2) for lane in range(n)]
+        for _ in range(n.bit_length() - 1):
+            pairs = zip(vectors[: n // 2], vectors[n // 2 :], strict=True)
+            vectors = [self.shuffle(a, b, order) for a, b in pairs for order in (low, high)]
+        return vectors
+
     # ---- control
 
     def block(self, name: str = "") -> Value:

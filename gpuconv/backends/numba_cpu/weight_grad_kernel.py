@@ -65,17 +65,6 @@ def tile(lanes: Lanes, rows: int, vectors: int) -> Any:
     return routine(f"weight_grad_{lanes}_{rows}x{vectors}", lanes, "eetteiii", emit)
 
 
-def _turned(e: Emitter, vectors: list[Value]) -> list[Value]:
-    """A square of vectors, transposed: as many perfect shuffles as its side has binary digits."""
-    n = e.lanes.count
-    low = [lane // 2 + n * (lane % 2) for lane in range(n)]
-    high = [n // 2 + lane // 2 + n * (lane % 2) for lane in range(n)]
-    for _ in range(n.bit_length() - 1):
-        pairs = zip(vectors[: n // 2], vectors[n // 2 :], strict=True)
-        vectors = [e.shuffle(a, b, order) for a, b in pairs for order in (low, high)]
-    return vectors
-
-
 @functools.lru_cache(maxsize=64)
 def inward(lanes: Lanes) -> Any:
     """A function of (to, source, ld, count, present, width): to[k·width + o] = source[o·ld + k] for k < count and as
@@ -90,7 +79,7 @@ def inward(lanes: Lanes) -> Any:
             for o in range(n):
                 there = builder.select(builder.icmp_signed("<", I64(o), present), left, I64(0))
                 found.append(e.masked_load(e.at(source, e.times(ld, o), k), e.mask(there)))
-            return _turned(e, found)
+            return e.transposed(found)
 
         def whole(k: Value) -> None:
             for u, vector in enumerate(columns(k, I64(n))):
@@ -116,7 +105,7 @@ def outward(lanes: Lanes, stored: str) -> Any:
         builder, n = e.builder, lanes.count
 
         def put(i: Value, rows: list[Value], left: Value) -> None:
-            for o, vector in enumerate(_turned(e, rows)):
+            for o, vector in enumerate(e.transposed(rows)):
                 there = builder.select(builder.icmp_signed("<", I64(o), present), left, I64(0))
                 e.masked_store(vector, e.at(to, e.times(ld, o), i), e.mask(there), stored)
 
