@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from gpuconv import preference
+from gpuconv import dtypes, preference
 from gpuconv.backends.protocol import Implementation, Plan, Target
 from gpuconv.errors import DeviceFallbackWarning, NoBackendError
 from gpuconv.problem import Conv2dProblem
@@ -79,6 +79,16 @@ def values_matter(problem: Conv2dProblem, target: Target, backend: str | None) -
         return False
     first = backend == name or (backend in (None, library_of(name)) and preferred(problem, "cpu")[0][0] == name)
     return first and not reasons(name, problem, replace(target, separable=True))
+
+
+def digits_matter(problem: Conv2dProblem, target: Target, backend: str | None) -> bool:
+    """Whether what runs depends on how large the integers of k are: ``numba_cpu`` sums them in floating point."""
+    return (
+        target.device == "cpu"
+        and problem.op in ("forward", "input_grad")
+        and dtypes.is_integer(problem.y_dtype)
+        and (backend is None or library_of(backend) == "numba_cpu")
+    )
 
 
 def serving(op: str, device: str | None = None) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ NAMES = {code: name for name, code in CODES.items()}
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
 _BYTE_INTEGERS = ("bool", "int8", "uint8")
+SMALL_INTEGERS = (*_BYTE_INTEGERS, "int16", "uint16")
 _RESULTS = ("int32", "int64", *_FLOATS, *_COMPLEX)
 
 # np.iinfo by name, with bool as the integers 0 and 1

@@ -90,7 +90,7 @@ class Explanation:
         if self.plan is not None:
             rows += [
                 ("workspace", f"at most {_scaled(self.plan.workspace, 'B', 1024)}"),
-                ("sums in", self.plan.sums_in),
+                ("sums in", self.plan.sums_in + (", exactly" if dtypes.is_integer(p.y_dtype) else "")),
                 ("how", self.plan.detail),
             ]
             if self.implementation is not None and (told := _compiling(self.implementation, self.plan)):
@@ -269,8 +269,8 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
         target = dispatch.resolve(call, device, backend, home)
         if target.device == "cpu" and any(isinstance(a, np.ndarray) and not a.dtype.isnative for a in (x, k)):
             target = replace(target, swapped=True)
-        if not _is_shape(k) and k is not None and dispatch.values_matter(problem, target, backend):
-            target = replace(target, separable=request.is_separable(problem, arrays.operand(call, "k", k)))
+        if not _is_shape(k) and k is not None:
+            target, _ = request.told_by_values(problem, target, backend, arrays.operand(call, "k", k))
     try:
         choice = dispatch.choose(call, problem, target, backend, limit)
     except (NoBackendError, MemoryError) as error:

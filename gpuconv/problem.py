@@ -171,13 +171,17 @@ class Conv2dProblem:
             total += math.prod(second) * dtypes.itemsize(self.k_dtype)
         return total + self.result_size * dtypes.itemsize(self.y_dtype)
 
-    def largest_sum(self, bias: int = 0) -> int:
-        """Upper bound on |Σ| for integer operands, zero points and a bias of magnitude ``bias`` included."""
+    def largest_sum(self, bias: int = 0, k_digits: int | None = None) -> int:
+        """Upper bound on |Σ| for integer operands, zero points and a bias of magnitude ``bias`` included; ``k_digits``
+        are the binary digits of the largest weight's magnitude, where that is known.
+        """
         x_low, x_high = dtypes.RANGES[self.x_dtype]
         k_low, k_high = dtypes.RANGES[self.k_dtype] if self.op != "fold" else (1, 1)
         x_top = max(x_high - self.x_zero_point, self.x_zero_point - x_low)
         # A zero point lies in the type's own range, so the difference spans at most the whole range.
         k_top = k_high - k_low if self.k_zero_point else max(k_high, -k_low)
+        if k_digits is not None:
+            k_top = min(k_top, (1 << k_digits) - 1)
         return self.products * x_top * k_top + bias
 
     def tables(self) -> tuple[geometry.IndexTable, geometry.IndexTable]:

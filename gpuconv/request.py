@@ -189,13 +189,7 @@ def compute(
     target = dispatch.resolve(call, device, backend, home, stacklevel=4)
     if target.device == "cpu" and any(map(arrays.is_swapped, (request.first, request.second))):
         target = replace(target, swapped=True)
-    by_value = dispatch.values_matter(problem, target, backend)
-    if by_value:
-
-        def made() -> bool:
-            return is_separable(problem, request.second)
-
-        target = replace(target, separable=made() if keeper is None else keeper.kept("separable", made, None))
+    target, by_value = told_by_values(problem, target, backend, request.second, keeper)
     choice = dispatch.choose(call, problem, target, backend, limit)
     shortage = ""
     while True:
@@ -217,11 +211,28 @@ def compute(
         choice = smaller
 
 
-def is_separable(problem: Conv2dProblem, kernel: Operand | None) -> bool:
-    """Whether ``kernel`` is known to be an outer product of a column and a row: never where a GPU holds it."""
+# Weights of a kernel whose values are looked through for the largest: a few tens of microseconds.
+_LOOKED_THROUGH = 1 << 16
+
+
+def told_by_values(
+    problem: Conv2dProblem, target: Target, backend: str | None, kernel: Operand | None, keeper: Keeper | None = None
+) -> tuple[Target, bool]:
+    """``target`` with what the values of ``kernel`` tell, and whether they were asked: where that may decide what runs
+    and no GPU holds them.
+    """
     if kernel is None or kernel.device is not None:
-        return False
-    return separability.factors(view(problem, 1, kernel.array)) is not None
+        return target, False
+    array = kernel.array
+
+    def tell(fact: str, made: Callable[[], Any]) -> tuple[Target, bool]:
+        return replace(target, **{fact: made() if keeper is None else keeper.kept(fact, made, None)}), True
+
+    if dispatch.values_matter(problem, target, backend):
+        return tell("separable", lambda: separability.factors(view(problem, 1, array)) is not None)
+    if 0 < array.size <= _LOOKED_THROUGH and dispatch.digits_matter(problem, target, backend):
+        return tell("k_digits", lambda: max(abs(int(array.min())), abs(int(array.max()))).bit_length())
+    return target, False
 
 
 def check_result(call: str, request: Request, out: Any) -> Operand | None:

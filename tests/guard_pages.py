@@ -243,11 +243,16 @@ def sizes(rng: random.Random, name: str) -> dict[str, Any]:
             "dilation": dilation, "padding": tuple(pads), "groups": groups}  # fmt: skip
 
 
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
 def problem_of(rng: random.Random, name: str, kinds: Sequence[str]) -> Conv2dProblem | None:
     """A random problem, or none if the draw has no result."""
     given = sizes(rng, name)
     kind = rng.choice(kinds)
-    narrow = kind in ("float16", "bfloat16")
+    kind, _, of_k = kind.partition("*")  # the type of x, or those of x and k
+    if not of_k:
+        of_k = "float32" if kind in ("float16", "bfloat16") and rng.random() < 0.3 else kind
     last = {"channels": 1.0, "pixels": 0.4, "separable": 0.0}.get(name.rpartition(".")[2], 0.2)
     layout = "NHWC" if rng.random() < last else "NCHW"
     weights = ".weight_" in name
@@ -263,10 +268,10 @@ def problem_of(rng: random.Random, name: str, kinds: Sequence[str]) -> Conv2dPro
         problem = Conv2dProblem.of(
             x if layout == "NCHW" else tuple(x[axis] for axis in (0, 2, 3, 1)),
             tuple(k[axis] for axis in KERNEL_AXES[order]),
-            x_dtype=kind, k_dtype="float32" if narrow and rng.random() < 0.3 else kind, dtype=kind,
+            x_dtype=kind, k_dtype=of_k, dtype=kind if kind in FLOATS and of_k in (kind, "float32") else None,
             bias=not weights and rng.random() < 0.5,
             stride=given["stride"], padding=given["padding"], dilation=given["dilation"],
-            groups=given["groups"], padding_mode=mode, padding_value=1.5 if filled else 0, flip=rng.random() < 0.2,
+            groups=given["groups"], padding_mode=mode, padding_value=filled and 1, flip=rng.random() < 0.2,
             layout=layout, kernel_layout=order, activation="relu" if not weights and rng.random() < 0.3 else None,
             precision="high" if name.endswith(("winograd", "separable")) else "highest",
             op="weight_grad" if weights else "forward" if forward else "input_grad",
@@ -341,10 +346,14 @@ class Case:
                     [slice(None) if axis in kept else slice(1) for axis in axes] for kept in ((0, 2), (0, 3))
                 )
                 values = values[tuple(down)] * values[tuple(across)] * np.ones(shape)
-            found.append(fence.laid(values.astype(dtype), form))
+            found.append(fence.laid(_rounded(values, dtype), form))
         found.append(fence.room(self.shapes[2], types[2], self.forms[2]))
-        bias = source.standard_normal(self.problem.result_channels).astype(types[2])
+        bias = _rounded(source.standard_normal(self.problem.result_channels), types[2])
         return found, fence.copy(bias) if self.problem.bias else None
+
+
+def _rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return (99 * values).astype(np.int64).astype(dtype) if dtype.kind in "biu" else values.astype(dtype)
 
 
 def form_of(rng: random.Random, repeats: bool) -> Form:
@@ -383,6 +392,9 @@ def check(case: Case, y: np.ndarray, x: np.ndarray, k: np.ndarray, bias: np.ndar
     """``y``, as implementations see it, is within the bound of its precision."""
     problem = case.problem
     wanted = reference(problem, x, k, bias)
+    if y.dtype.kind == "i":
+        assert np.array_equal(y, wanted), "integers differ"
+        return
     positive = replace(problem, activation=None, padding_value=abs(problem.padding_value))
     magnitude = reference(positive, abs(x), abs(k), None if bias is None else abs(bias))
     if problem.precision == "high":

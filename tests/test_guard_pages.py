@@ -24,6 +24,8 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="not about the CUDA simulator"),
 ]
 EVERY_DTYPE = "float32,float32,float64,float16,bfloat16"
+# Of x and k: what is converted as it is read, and integers, which are summed as floating point.
+CONVERTED = "float32,uint8*float32,int16*float64,float32*float64,uint8*int8,int16*uint16"
 EVERY_WIDTH = "512,512,256,128"
 
 
@@ -47,6 +49,11 @@ def test_random_problems(side):
     assert status == 0, shown
 
 
+def test_random_problems_of_two_types():
+    status, shown = child(100, 24, "end", dtypes=CONVERTED)
+    assert status == 0, shown
+
+
 @pytest.mark.parametrize("side", ["end!0", "end!1", "begin!1", "begin!2"])
 def test_an_array_one_byte_off_is_found(side):
     """x, the weights and the result."""
@@ -59,5 +66,5 @@ def test_an_array_one_byte_off_is_found(side):
 @pytest.mark.parametrize("first", [1_000_000, 2_000_000])
 @pytest.mark.parametrize("side", ["end", "begin", "memory"])
 def test_many_random_problems(side, first):
-    status, shown = child(first, 10**6, side, seconds=240, dtypes=EVERY_DTYPE, bits=EVERY_WIDTH)
+    status, shown = child(first, 10**6, side, seconds=240, dtypes=f"{EVERY_DTYPE},{CONVERTED}", bits=EVERY_WIDTH)
     assert status == 0, shown

@@ -29,7 +29,10 @@ class Target:
     threads: int = 1  # of the CPU
     vector_bits: int | None = None  # of the CPU's vector registers; None: what this machine has
     swapped: bool = False  # whether an operand is in another byte order than the machine's
-    separable: bool = False  # whether k is known to be an outer product of a column and a row
+    # What the values of k tell, where they were read: whether it is an outer product of a column and a row, and, of
+    # integers, the binary digits of the largest magnitude.
+    separable: bool = False
+    k_digits: int | None = None
 
     def __str__(self) -> str:
         return self.device if self.ordinal is None else f"{self.device}:{self.ordinal}"

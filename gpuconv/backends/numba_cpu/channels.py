@@ -52,8 +52,8 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
         reasons.append("it is for depthwise convolutions: as many groups as input and as output channels")
     if problem.padding_mode != "constant" or problem.fill != 0:
         reasons.append("it pads with zeros only")
-    if problem.KH * problem.KW > BLOCK and problem.y_dtype != problem.sum_dtype:
-        reasons.append(f"it sums more than {BLOCK} products in the result, which is no place for that in 16 bits")
+    if problem.KH * problem.KW > BLOCK and problem.y_dtype != dense.sums_in(problem, target):
+        reasons.append(f"it sums more than {BLOCK} products in the result, which {problem.y_dtype} is no place for")
     return reasons
 
 
@@ -66,8 +66,8 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     lanes = dense.lanes_of(problem, target)
     threads = target.threads if problem.result_size * problem.products >= _ALONE else 1
     padded = -(-problem.C // lanes.count) * lanes.count
-    size = SIZE[problem.x_dtype]
-    image = problem.C * (problem.H * problem.W + problem.OH * problem.OW) * size
+    x_size, y_size = SIZE[problem.x_dtype], SIZE[problem.y_dtype]
+    image = problem.C * (problem.H * problem.W * x_size + problem.OH * problem.OW * y_size)
 
     def scratch(images: int) -> int:
         """Arrays whose channels do not lie side by side are copied, some images at a time."""

@@ -1,4 +1,4 @@
-"""Rows of pixels between the caller's arrays and a kernel's own memory: any step, 16-bit floats widened and rounded."""
+"""Rows of pixels between the caller's arrays and a kernel's own memory: any step, other types converted on the way."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from numba import njit
 from numba.core import types
 
 from gpuconv.backends.numba_cpu.kernel_cache import alone
-from gpuconv.backends.numba_cpu.vectors import I64, SIZE, Emitter, Lanes, Value, routine, scalar
+from gpuconv.backends.numba_cpu.vectors import I64, INTEGERS, SIZE, Emitter, Lanes, Value, routine, scalar
 
-LETTERS = {"float16": "h", "bfloat16": "b", "float32": "s", "float64": "d"}
+# Of ``routine``: what kind of memory.
+LETTERS = {"float16": "h", "bfloat16": "2", "float32": "s", "float64": "d"} | {
+    name: {1: "1", 2: "2", 4: "4", 8: "t"}[SIZE[name]] for name in INTEGERS
+}
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -40,8 +43,7 @@ def rows(lanes: Lanes, stored: str) -> Rows:
     apart = routine(f"widen2_{lanes}_{stored}", lanes, f"{own}{letter}i", functools.partial(_widen2, stored=stored))
     back = routine(f"narrow_{lanes}_{stored}", lanes, f"{letter}{own}i", functools.partial(_narrow, stored=stored))
     repeat = routine(f"fill_{lanes}", lanes, "eei", _fill)
-    load, _ = scalar(stored)
-    _, store = scalar(stored)
+    load, store = scalar(stored, lanes.dtype)
     load_wide, store_wide = scalar(lanes.dtype)
 
     @compiled

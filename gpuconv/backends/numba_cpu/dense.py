@@ -15,8 +15,10 @@ from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
-# What a kernel reads, by what it sums in.
-_READS = {"float32": ("float32", "float16", "bfloat16"), "float64": ("float64",)}
+# What a kernel sums in: the largest integer up to which it has every one, and what it does not read for it, which would
+# lose digits.
+_EXACT = {"float32": 1 << 24, "float64": 1 << 53}
+_NOT_READ = {"float32": ("float64",), "float64": ()}
 
 _TAPS = 1 << 16
 
@@ -24,28 +26,48 @@ _TAPS = 1 << 16
 def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     """Why the floating-point kernels cannot run ``problem``."""
     reasons = []
-    sums = problem.sum_dtype
-    if sums not in _READS or problem.x_dtype not in _READS[sums] or problem.k_dtype not in SIZE:
-        reasons.append(
-            f"it sums floating point, read as {' or '.join(SIZE)}; not {problem.x_dtype} times {problem.k_dtype} "
-            f"in {sums}"
-        )
+    sums = sums_in(problem, target)
+    if problem.x_zero_point or problem.k_zero_point:
+        reasons.append("it has no zero points")
+    elif sums is None and _of_integers(problem):
+        hint = "" if problem.k_dtype in dtypes.SMALL_INTEGERS else "; with a kernel of int8 or int16 they may not be"
+        reasons.append(f"it sums integers in floating point, for which these sums may be too large{hint}")
+    elif sums is None or not {problem.x_dtype, problem.k_dtype} <= set(SIZE) or problem.x_dtype in _NOT_READ[sums]:
+        reasons.append(f"it sums real numbers; not {problem.x_dtype} times {problem.k_dtype} in {problem.sum_dtype}")
     if target.swapped:
         reasons.append("it reads numbers in the machine's own byte order: x.astype(x.dtype.newbyteorder('=')) gives it")
     if problem.KH * problem.KW > _TAPS:
         reasons.append(f"a kernel of {problem.KH}×{problem.KW} has more than {_TAPS} taps, for which it has no tables")
-    if problem.x_zero_point or problem.k_zero_point:
-        reasons.append("it has no zero points")
     return reasons
 
 
 def unsupported_as_they_are(problem: Conv2dProblem, target: Target) -> list[str]:
     """``unsupported``, for kernels that read the second operand as it is, too, instead of a converted copy."""
     reasons = unsupported(problem, target)
-    if not reasons and problem.k_dtype not in _READS[problem.sum_dtype]:
-        readable = " or ".join(_READS[problem.sum_dtype])
-        reasons.append(f"for sums in {problem.sum_dtype} it reads {readable}; not {problem.k_dtype}")
+    if not reasons and problem.sum_dtype not in _EXACT:
+        reasons.append(f"it sums floating point, not {problem.sum_dtype}")
+    elif not reasons and problem.k_dtype in _NOT_READ[problem.sum_dtype]:
+        reasons.append(f"for sums in {problem.sum_dtype} it does not read {problem.k_dtype}")
     return reasons
+
+
+def sums_in(problem: Conv2dProblem, target: Target) -> str | None:
+    """The type of the kernels' sums: the problem's own, or for integers one in which every sum is exact; None where
+    there is none.
+    """
+    if problem.sum_dtype in _EXACT:
+        return problem.sum_dtype
+    if not _of_integers(problem) or problem.x_zero_point or problem.k_zero_point:
+        return None
+    if problem.bias and problem.y_dtype != "int32":
+        return None  # a bias as large as the result's type allows
+    bias = 1 << 31 if problem.bias else 0
+    largest = problem.largest_sum(bias, target.k_digits)
+    return next((dtype for dtype, most in _EXACT.items() if largest <= most), None)
+
+
+def _of_integers(problem: Conv2dProblem) -> bool:
+    return all(map(dtypes.is_integer, (problem.x_dtype, problem.k_dtype, problem.y_dtype)))
 
 
 def parts(problem: Conv2dProblem) -> list[Conv2dProblem]:
@@ -79,7 +101,9 @@ def once(bound: Any, plan: Plan, operands: Operands, out: Any) -> None:
 
 def lanes_of(problem: Conv2dProblem, target: Target) -> Lanes:
     """The vector registers that the problem's sums are in."""
-    return Lanes.of(problem.sum_dtype, target.vector_bits or runtime.vector_bits())
+    dtype = sums_in(problem, target)
+    assert dtype is not None  # it is supported
+    return Lanes.of(dtype, target.vector_bits or runtime.vector_bits())
 
 
 def channels_at_once(problem: Conv2dProblem) -> int:

@@ -46,8 +46,8 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
         reasons.append(f"it is for 1×1 kernels; this one is {problem.KH}×{problem.KW}")
     elif any(part.padding != NO_PADS for part in dense.parts(problem)):
         reasons.append("it is for images without padding")
-    if problem.y_dtype != problem.sum_dtype:
-        reasons.append(f"it writes its sums as they are; {problem.y_dtype} is rounded by numba_cpu.strip")
+    if problem.y_dtype != dense.sums_in(problem, target):
+        reasons.append(f"it writes its sums as they are; {problem.y_dtype} is made by numba_cpu.strip")
     if problem.layout != "NCHW":
         reasons.append("it is for channels-first images")
     return reasons

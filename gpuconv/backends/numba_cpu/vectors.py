@@ -22,10 +22,14 @@ types: Any = numba_types  # its stubs leave out half of it
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 VOID = ir.VoidType()
 REAL = {"float32": ir.FloatType(), "float64": ir.DoubleType()}
-STORED = {**REAL, "float16": ir.HalfType(), "bfloat16": I16}  # as in memory
+UNSIGNED = {"bool": I8, "uint8": I8, "uint16": I16, "uint32": I32}
+INTEGERS = {**UNSIGNED, "int8": I8, "int16": I16, "int32": I32, "int64": I64}
+STORED = {**REAL, "float16": ir.HalfType(), "bfloat16": I16, **INTEGERS}  # as in memory
 # Masked, 16-bit floats move as integers: processors without 16-bit arithmetic would move them one by one.
-_MASKED = {**REAL, "float16": I16, "bfloat16": I16}
-SIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+_MASKED = {**STORED, "float16": I16}
+SIZE: dict[str, int] = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2} | {
+    name: kind.width // 8 for name, kind in INTEGERS.items()
+}
 
 Value = Any  # llvmlite has no types
 
@@ -135,12 +139,17 @@ class Emitter:
         fetch = cgutils.get_or_insert_function(self.function.module, signature, "llvm.prefetch.p0")
         self.builder.call(fetch, [self.builder.bitcast(pointer, I8.as_pointer()), I32(0), I32(level), I32(1)])
 
-    # ---- conversions: 16-bit floats live in memory only
+    # ---- conversions: other types than the lanes' live in memory only
 
     def widened(self, value: Value, stored: str) -> Value:
-        """``value`` as loaded from ``stored``, in the type of the lanes; exact."""
+        """``value`` as loaded from ``stored``, in the type of the lanes: exact where that has the digits, as a float32
+        has for integers of 16 bits, else rounded to the nearest.
+        """
         if stored == self.lanes.dtype:
             return value
+        if stored in INTEGERS:
+            convert = self.builder.uitofp if stored in UNSIGNED else self.builder.sitofp
+            return convert(value, self.vector)
         if stored == "bfloat16":
             wide = ir.VectorType(I32, self.lanes.count)
             shift = ir.Constant(wide, [16] * self.lanes.count)
@@ -151,12 +160,17 @@ class Emitter:
         return value if stored == self.lanes.dtype else self.builder.fpext(value, self.vector)
 
     def narrowed(self, value: Value, stored: str) -> Value:
-        """``value`` rounded to the nearest of ``stored``, ties to even."""
+        """``value`` rounded to the nearest of ``stored``, ties to even; for an integer it is one already."""
         if stored == self.lanes.dtype:
             return value
+        if stored in INTEGERS:
+            convert = self.builder.fptoui if stored in UNSIGNED else self.builder.fptosi
+            return convert(value, ir.VectorType(STORED[stored], self.lanes.count))
         if stored != "bfloat16":
             return self.builder.fptrunc(value, ir.VectorType(STORED[stored], self.lanes.count))
         builder, wide = self.builder, ir.VectorType(I32, self.lanes.count)
+        if self.lanes.dtype == "float64":  # compiled and never run: what is stored in 16 bits is summed in float32
+            value = builder.fptrunc(value, ir.VectorType(REAL["float32"], wide.count))
 
         def every(number: int) -> Value:
             return ir.Constant(wide, [number] * self.lanes.count)
@@ -244,19 +258,21 @@ class Emitter:
 
 
 def _suffix(dtype: str) -> str:
-    return {"float32": "f32", "float64": "f64", "float16": "i16", "bfloat16": "i16"}[dtype]
+    return {"float32": "f32", "float64": "f64"}.get(dtype) or f"i{8 * SIZE[dtype]}"
 
 
 def routine(name: str, lanes: Lanes, kinds: str, emit: Callable[..., None]) -> Any:
     """A function for compiled Python: it takes one tuple, and calls the LLVM function ``name`` that ``emit`` writes.
 
     ``kinds`` has a letter for each item of the tuple: ``i`` an integer; an address of ``e`` elements of the lanes'
-    type, ``t`` 64-bit integers (a table), ``h`` float16, ``b`` bfloat16, ``s`` float32, ``d`` float64. Memory behind
-    addresses must not overlap. ``emit(emitter, *arguments)`` writes the body; the return is added.
+    type, ``t`` 64-bit integers (a table), ``h`` float16, ``s`` float32, ``d`` float64, or of what fills ``1``, ``2``
+    or ``4`` bytes. Memory behind addresses must not overlap. ``emit(emitter, *arguments)`` writes the body; the return
+    is added.
     """
     letters = {
         "i": I64, "e": REAL[lanes.dtype].as_pointer(), "t": I64.as_pointer(), "h": STORED["float16"].as_pointer(),
-        "b": I16.as_pointer(), "s": REAL["float32"].as_pointer(), "d": REAL["float64"].as_pointer(),
+        "s": REAL["float32"].as_pointer(), "d": REAL["float64"].as_pointer(),
+        "1": I8.as_pointer(), "2": I16.as_pointer(), "4": I32.as_pointer(),
     }  # fmt: skip
     argument_types = [letters[kind] for kind in kinds]
 
@@ -305,9 +321,11 @@ def get(typing: Any, address: Any, index: Any) -> Any:
     return types.intp(address, index), lower
 
 
-def scalar(dtype: str) -> tuple[Any, Any]:
-    """(load, store) of single numbers of ``dtype`` at an address, as float32 or float64; 16-bit ones as float32."""
-    wide = "float64" if dtype == "float64" else "float32"
+def scalar(dtype: str, wide: str | None = None) -> tuple[Any, Any]:
+    """(load, store) of single numbers of ``dtype`` at an address, as ``wide``: where it is not given, float64 for
+    float64 and else float32.
+    """
+    wide = wide or ("float64" if dtype == "float64" else "float32")
     number = types.float64 if wide == "float64" else types.float32
 
     def emitter_of(builder: Any) -> Emitter:
