@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import quick, request
+from gpuconv import arrays, quick, request
 from gpuconv.dispatch import Choice
 from gpuconv.quick import token
 
@@ -141,10 +141,18 @@ def conv2d(
                 return ready(x, k, bias)
             except MemoryError:  # the long way knows what takes less
                 key = None
+    lazy = arrays.is_dask(x)
+    operands = x, k, bias
+    if lazy:
+        from gpuconv import blocked
+
+        operands = blocked.stand_ins(call, x, k, bias)
     asked = request.forward(
-        call, x, k, bias, stride, padding, dilation, groups, padding_mode, padding_value, flip, layout, kernel_layout,
+        call, *operands, stride, padding, dilation, groups, padding_mode, padding_value, flip, layout, kernel_layout,
         activation, x_zero_point, k_zero_point, dtype, precision,
     )  # fmt: skip
+    if lazy:
+        return blocked.compute(call, asked, x, k, bias, out, device, backend, workspace_limit, stream)
 
     def done(choice: Choice) -> None:
         if key is not None:

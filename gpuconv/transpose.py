@@ -79,8 +79,13 @@ def conv_transpose2d(
     array([[  1.,  10., 102.,  20., 200.]])
     """
     call = "conv_transpose2d"
-    image, kernel = arrays.operand(call, "x", x), arrays.operand(call, "k", k)
-    offset = None if bias is None else request.as_bias(call, bias)
+    if lazy := arrays.is_dask(x):
+        from gpuconv import blocked
+
+        image, kernel, offset = blocked.stand_ins(call, x, k, bias)
+    else:
+        image, kernel = arrays.operand(call, "x", x), arrays.operand(call, "k", k)
+        offset = None if bias is None else request.as_bias(call, bias)
     problem = problem_of(
         call, image.shape, kernel.shape, image.dtype, kernel.dtype, offset is not None, stride, padding, output_padding,
         groups, dilation, layout, activation, dtype, precision,
@@ -89,6 +94,8 @@ def conv_transpose2d(
         request.check_bias(call, offset, problem)
     shape = request.image_shape(problem, problem.x_shape, len(image.shape), len(kernel.shape))
     asked = request.Request(problem, shape, image, kernel, offset)
+    if lazy:
+        return blocked.compute(call, asked, x, k, bias, out, device, backend, workspace_limit, stream)
     return request.compute(call, asked, out, device, backend, workspace_limit, stream)
 
 
