@@ -103,9 +103,9 @@ def _lazy(name: str, value: Any) -> str:
     if not is_dask(value):
         return f"{name} is a lazy dask collection, which is never computed silently; compute() it first"
     return (
-        f"{name} is a dask array, which is never computed silently; compute() it first, or apply the call to its blocks "
-        "with dask.array.map_blocks (conv2d, Conv2d, conv1d and conv_transpose2d take a dask array as x, and then as k "
-        "and bias too)"
+        f"{name} is a dask array, which is never computed silently; compute() it first, or apply the call to its "
+        "blocks with dask.array.map_blocks (conv2d, Conv2d, conv1d and conv_transpose2d take a dask array as x, and "
+        "beside it as k and bias)"
     )
 
 

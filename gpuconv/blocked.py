@@ -126,12 +126,12 @@ def compute(
     layer: Conv2d | None = None,
 ) -> Any:
     """The dask array of a request whose operands are ``stand_ins`` of x, k and bias, or of ``layer`` on x."""
-    from dask.array import Array as DaskArray
+    import dask.array
     from dask.base import tokenize
     from dask.highlevelgraph import HighLevelGraph
 
     if out is not None:
-        raise TypeError(f"{call}: out cannot be given for a dask array, whose result is lazy; dask.array.store fills one")
+        raise TypeError(f"{call}: out cannot be given for a dask array, whose result is lazy; use dask.array.store")
     if stream is not None:
         raise TypeError(f"{call}: stream cannot be given for a dask array; each worker's blocks run on its current one")
     request.workspace(call, workspace_limit)
@@ -140,10 +140,10 @@ def compute(
     cut = plan(problem, x, len(asked.shape))
     x = x if x.chunks == cut.x_chunks else x.rechunk(cut.x_chunks)
 
-    kernel = k if arrays.is_dask(k) else _array(asked.second)
-    offset = bias if arrays.is_dask(bias) else _array(asked.bias)
-    known = [value.name if arrays.is_dask(value) else value for value in (x, kernel, offset)]
-    token = tokenize(*known, asked.k_zero_point, problem, where)
+    kernel: Any = k if arrays.is_dask(k) else _array(asked.second)
+    offset: Any = bias if arrays.is_dask(bias) else _array(asked.bias)
+    named = [value.name if arrays.is_dask(value) else value for value in (x, kernel, offset)]
+    token = tokenize(*named, asked.k_zero_point, problem, where)
     graph: dict[Any, Any] = {}
     sources = [x]
     keys = []
@@ -153,7 +153,8 @@ def compute(
         if layer is not None and share[0] == share[1]:
             graph[keys[-1]] = layer
             continue
-        options, operands = _options(asked, first, stop) | where, []
+        options = _options(asked, first, stop) | where
+        operands: list[Any] = []
         for array in _shares(problem, kernel, offset, first, stop):
             if arrays.is_dask(array):
                 array = array.rechunk(-1)
@@ -162,13 +163,14 @@ def compute(
             else:
                 operands.append(None if array is None else array.copy())
         make = partial(_prepared if problem.op == "forward" else _transposed, options)
-        lazy = any(isinstance(operand, tuple) for operand in operands)
-        graph[keys[-1]] = (make, *operands) if lazy else make(*operands)
+        later = any(isinstance(operand, tuple) for operand in operands)
+        graph[keys[-1]] = (make, *operands) if later else make(*operands)
     name = f"{call.lower()}-{token}"
     _add_blocks(graph, name, cut, x, keys, problem)
     layers = HighLevelGraph.from_collections(name, graph, dependencies=sources)
     meta = np.empty_like(x._meta, shape=(0,) * len(asked.shape), dtype=dtypes.numpy_dtype(problem.y_dtype))
-    return DaskArray(layers, name, chunks=cut.y_chunks, meta=meta)
+    lazy_array: Any = dask.array.Array
+    return lazy_array(layers, name, chunks=cut.y_chunks, meta=meta)
 
 
 def _array(operand: Operand | None) -> Array | None:
@@ -294,16 +296,14 @@ def _joined(pieces: Sequence[Array], counts: tuple[int, ...]) -> Array:
 def _gathered(window: Array, axis: int, reach: Reach, fill: complex) -> Array:
     """The elements of ``window`` that the table of ``reach`` names along ``axis``, and ``fill`` where it names none."""
     index = reach.gathered()
-    before = (slice(None),) * axis
+    before: tuple[Any, ...] = (slice(None),) * axis
     inside = np.flatnonzero(index >= 0)
     if inside.size == index.size:
         return window[(*before, np.asarray(index, like=window))]
     shape = (*window.shape[:axis], index.size, *window.shape[axis + 1 :])
     gathered = np.full_like(window, fill, shape=shape, order="C")
     if inside.size:
-        gathered[(*before, np.asarray(inside, like=window))] = window[
-            (*before, np.asarray(index[inside], like=window))
-        ]
+        gathered[(*before, np.asarray(inside, like=window))] = window[(*before, np.asarray(index[inside], like=window))]
     return gathered
 
 
@@ -327,14 +327,16 @@ def _threads(blocks: int) -> AbstractContextManager[None]:
 def typical(problem: Conv2dProblem, x: Any, rank: int) -> tuple[Conv2dProblem, str]:
     """The problem of the largest block of ``problem`` on the dask array ``x``, and what to say about the others."""
     cut = plan(problem, x, rank)
-    rows, columns = (max(found, key=lambda reach: reach.outputs) for found in (cut.rows, cut.columns))
+    # Of blocks of one size one that has no border.
+    rows, columns = (
+        max(found, key=lambda reach: (reach.outputs, reach.table is None, reach.padding == (0, 0)))
+        for found in (cut.rows, cut.columns)
+    )
     if problem.op == "forward":
-        read = [
-            reach.gathered().size if reach.table is not None else _extent(reach.parts) for reach in (rows, columns)
-        ]
+        read = [reach.gathered().size if reach.table is not None else _extent(reach.parts) for reach in (rows, columns)]
         first, stop = max(cut.runs, key=lambda run: run[1] - run[0])
         groups = stop - first
-        share = {
+        share: dict[str, Any] = {
             "C": problem.C // problem.groups * groups, "O": problem.O // problem.groups * groups, "groups": groups,
             "H": read[0], "W": read[1], "padding": (rows.padding, columns.padding),
             "stride": (rows.stride, columns.stride), "dilation": (rows.dilation, columns.dilation),

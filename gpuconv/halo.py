@@ -119,9 +119,7 @@ def parts(chunks: Chunks, start: int, stop: int) -> tuple[Part, ...]:
     return tuple(found) or ((0, 0, 0),)
 
 
-def _of_few_blocks(
-    chunks: Chunks, width: int, planned: Callable[[Chunks], list[Reach]]
-) -> tuple[Chunks, list[Reach]]:
+def _of_few_blocks(chunks: Chunks, width: int, planned: Callable[[Chunks], list[Reach]]) -> tuple[Chunks, list[Reach]]:
     """What ``planned`` makes of the blocks, or of larger ones where many are smaller than what a window needs."""
     reaches = planned(chunks)
     if max(len(reach.parts) for reach in reaches) > _FEW:

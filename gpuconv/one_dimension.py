@@ -123,9 +123,8 @@ backend, workspace_limit, stream
     # The row's axis is the last but one, or before the channels in NLC.
     axis = len(asked.shape) - (3 if layout == "NLC" and len(asked.shape) > 2 else 2)
     if lazy:
-        y = blocked.compute(
-            call, asked, lift(x), k[row] if arrays.is_dask(k) else k, bias, out, device, backend, workspace_limit, stream
-        )  # fmt: skip
+        weights = k[row] if arrays.is_dask(k) else k
+        y = blocked.compute(call, asked, lift(x), weights, bias, out, device, backend, workspace_limit, stream)
         return y[(slice(None),) * axis + (0,)]
     asked = replace(asked, shape=asked.shape[:axis] + asked.shape[axis + 1 :], lift=lift)
     return request.compute(call, asked, out, device, backend, workspace_limit, stream)

@@ -90,7 +90,7 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
             "kernel_layout": kernel_layout, "activation": activation, "x_zero_point": _frozen(x_zero_point),
             "dtype": dtype, "precision": precision,
         }  # fmt: skip
-        self._where = {"device": device, "backend": backend, "workspace_limit": workspace_limit}
+        self._where: dict[str, Any] = {"device": device, "backend": backend, "workspace_limit": workspace_limit}
         request.workspace(call, workspace_limit)
         request.check_where(call, device, backend)
         self._line = self._check(call)
