@@ -101,7 +101,8 @@ def operand(call: str, name: str, value: Any) -> Operand:
 def _lazy(name: str, value: Any) -> str:
     """Why a lazy ``value`` is refused, and what to do."""
     if not is_dask(value):
-        return f"{name} is a lazy dask collection, which is never computed silently; compute() it first"
+        inside = f", or pass the dask array in it, {name}.data" if is_dask(getattr(value, "data", None)) else ""
+        return f"{name} is a lazy dask collection, which is never computed silently; compute() it first{inside}"
     return (
         f"{name} is a dask array, which is never computed silently; compute() it first, or apply the call to its "
         "blocks with dask.array.map_blocks (conv2d, Conv2d, conv1d and conv_transpose2d take a dask array as x, and "

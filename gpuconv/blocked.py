@@ -166,7 +166,7 @@ def compute(
         later = any(isinstance(operand, tuple) for operand in operands)
         graph[keys[-1]] = (make, *operands) if later else make(*operands)
     name = f"{call.lower()}-{token}"
-    _add_blocks(graph, name, cut, x, keys, problem)
+    _add_blocks(graph, name, f"{call.lower()}-strip-{token}", cut, x, keys, problem)
     layers = HighLevelGraph.from_collections(name, graph, dependencies=sources)
     meta = np.empty_like(x._meta, shape=(0,) * len(asked.shape), dtype=dtypes.numpy_dtype(problem.y_dtype))
     lazy_array: Any = dask.array.Array
@@ -214,9 +214,9 @@ def _transposed(options: dict[str, Any], kernel: Array, bias: Array | None) -> C
 
 
 def _add_blocks(
-    graph: dict[Any, Any], name: str, cut: Plan, x: Any, kernels: list[Any], problem: Conv2dProblem
+    graph: dict[Any, Any], name: str, strips: str, cut: Plan, x: Any, kernels: list[Any], problem: Conv2dProblem
 ) -> None:
-    """Add the tasks: the strips that are cut from blocks of ``x``, and the blocks of the result."""
+    """Add the tasks: the ``strips`` that are cut from blocks of ``x``, and the blocks of the result."""
     pieces: dict[tuple[Part, ...], Any] = {}
 
     def piece(parts: tuple[Part, ...]) -> Any:
@@ -227,7 +227,7 @@ def _add_blocks(
                 (start, stop) == (0, extents[block])
                 for (block, start, stop), extents in zip(parts, x.chunks, strict=True)
             )
-            key = source if whole else (f"{name}-strip", len(pieces))
+            key = source if whole else (strips, len(pieces))
             if not whole:
                 graph[key] = (_strip, source, tuple(slice(start, stop) for _, start, stop in parts))
             pieces[parts] = key
