@@ -45,7 +45,7 @@ def conv2d(
     ----------
     x : array_like
         (H, W), (C, H, W) or (N, C, H, W); with ``layout="NHWC"`` (H, W, C) or (N, H, W, C). A NumPy, CuPy or PyTorch
-        array, any object with DLPack or ``__cuda_array_interface__``, or nested lists.
+        array, any object with DLPack or ``__cuda_array_interface__``, or nested lists. Or a dask array: see Notes.
     k : array_like
         (KH, KW) or (O, KH, KW) for a two-dimensional x, else (O, C // groups, KH, KW), in ``kernel_layout``'s order.
     bias : array_like of shape (O,), optional
@@ -112,6 +112,18 @@ def conv2d(
     -----
     Takes ``2 · N · O · OH · OW · (C // groups) · KH · KW`` operations. ``explain`` takes the same arguments and says
     what would run.
+
+    A dask array x gives a dask array: nothing is computed, k and bias may be dask arrays too (each is one task's input,
+    whole), and what is wrong with the arguments is still said at once. Every block of the result is one task, which
+    reads its window of x, with the pixels of neighbouring blocks that it needs; padding and stride are those of the
+    whole image. The result's blocks follow those of x: the same where the sizes are the same, else an output is in the
+    block of the middle of its window. Blocks much smaller than the window are merged first. All output channels are in
+    one block, made from all channels of x; of several groups, blocks of channels stay blocks. Integers come out as from
+    an array in memory, everything else within the same bound: what runs may depend on a block's size and on the worker,
+    where ``backend`` does not say. ``device="cuda"`` is each worker's own current GPU. Where blocks run side by side in
+    the threads of one process, each has its share of Numba's threads (one, from as many blocks as threads on), or what
+    ``GPUCONV_NUM_THREADS`` says; the threads of NumPy's BLAS are its own matter (``OPENBLAS_NUM_THREADS``). Each block
+    that runs may take ``workspace_limit``. ``out`` and ``stream`` are refused.
 
     Examples
     --------

@@ -139,34 +139,23 @@ def compute(
     problem, where = asked.problem, {"device": device, "backend": backend, "workspace_limit": workspace_limit}
     cut = plan(problem, x, len(asked.shape))
     x = x if x.chunks == cut.x_chunks else x.rechunk(cut.x_chunks)
-
     kernel: Any = k if arrays.is_dask(k) else _array(asked.second)
     offset: Any = bias if arrays.is_dask(bias) else _array(asked.bias)
+
     named = [value.name if arrays.is_dask(value) else value for value in (x, kernel, offset)]
     token = tokenize(*named, asked.k_zero_point, problem, where)
+    name, strips, kernels = (f"{call.lower()}{part}-{token}" for part in ("", "-strip", "-kernel"))
     graph: dict[Any, Any] = {}
     sources = [x]
-    keys = []
     for run, (first, stop) in enumerate(cut.runs):
-        share = stop - first, problem.groups
-        keys.append((f"{call.lower()}-kernel-{token}", run))
-        if layer is not None and share[0] == share[1]:
-            graph[keys[-1]] = layer
+        if layer is not None and stop - first == problem.groups:
+            graph[kernels, run] = layer
             continue
-        options = _options(asked, first, stop) | where
-        operands: list[Any] = []
-        for array in _shares(problem, kernel, offset, first, stop):
-            if arrays.is_dask(array):
-                array = array.rechunk(-1)
-                sources.append(array)
-                operands.append((array.name, *(0,) * array.ndim))
-            else:
-                operands.append(None if array is None else array.copy())
-        make = partial(_prepared if problem.op == "forward" else _transposed, options)
-        later = any(isinstance(operand, tuple) for operand in operands)
-        graph[keys[-1]] = (make, *operands) if later else make(*operands)
-    name = f"{call.lower()}-{token}"
-    _add_blocks(graph, name, f"{call.lower()}-strip-{token}", cut, x, keys, problem)
+        shares = _shares(problem, kernel, offset, first, stop)
+        later = [array.rechunk(-1) if arrays.is_dask(array) else array for array in shares]
+        sources += filter(arrays.is_dask, later)
+        graph[kernels, run] = _kernel(problem.op, _options(asked, first, stop) | where, *later)
+    _add_blocks(graph, name, strips, kernels, cut, x, problem)
     layers = HighLevelGraph.from_collections(name, graph, dependencies=sources)
     meta = np.empty_like(x._meta, shape=(0,) * len(asked.shape), dtype=dtypes.numpy_dtype(problem.y_dtype))
     lazy_array: Any = dask.array.Array
@@ -205,6 +194,18 @@ def _shares(problem: Conv2dProblem, kernel: Any, bias: Any, first: int, stop: in
     return kernel[(slice(None),) * axis + (outputs,)], None if bias is None else bias[outputs]
 
 
+def _kernel(op: str, options: dict[str, Any], kernel: Any, bias: Any) -> Any:
+    """What convolves the blocks, with copies of the kernel and the bias; the task that makes it, where they are dask
+    arrays of one block.
+    """
+    make = partial(_prepared if op == "forward" else _transposed, options)
+    arguments = [
+        (array.name, *(0,) * array.ndim) if arrays.is_dask(array) else None if array is None else array.copy()
+        for array in (kernel, bias)
+    ]
+    return (make, *arguments) if arrays.is_dask(kernel) or arrays.is_dask(bias) else make(*arguments)
+
+
 def _prepared(options: dict[str, Any], kernel: Array, bias: Array | None) -> Conv2d:
     return Conv2d(kernel, bias, **options)
 
@@ -214,9 +215,11 @@ def _transposed(options: dict[str, Any], kernel: Array, bias: Array | None) -> C
 
 
 def _add_blocks(
-    graph: dict[Any, Any], name: str, strips: str, cut: Plan, x: Any, kernels: list[Any], problem: Conv2dProblem
+    graph: dict[Any, Any], name: str, strips: str, kernels: str, cut: Plan, x: Any, problem: Conv2dProblem
 ) -> None:
-    """Add the tasks: the ``strips`` that are cut from blocks of ``x``, and the blocks of the result."""
+    """Add the tasks: the ``strips`` that are cut from blocks of ``x``, and the blocks of the result, ``name``, that the
+    ``kernels`` make of them.
+    """
     pieces: dict[tuple[Part, ...], Any] = {}
 
     def piece(parts: tuple[Part, ...]) -> Any:
@@ -242,7 +245,8 @@ def _add_blocks(
         for n in range(len(cut.parts["N"])):
             at["N"] = n
             read = itertools.product(*(cut.parts[axis][at[axis]] for axis in cut.x_axes))
-            graph[(name, *(at[axis] for axis in cut.y_axes))] = (block, kernels[c], [piece(parts) for parts in read])
+            key = (name, *(at[axis] for axis in cut.y_axes))
+            graph[key] = (block, (kernels, c), [piece(parts) for parts in read])
 
 
 def _strip(block: Array, part: tuple[slice, ...]) -> Array:

@@ -46,7 +46,7 @@ def conv1d(
     Parameters
     ----------
     x : array_like
-        (L,), (C, L) or (N, C, L); with ``layout="NLC"`` (L, C) or (N, L, C).
+        (L,), (C, L) or (N, C, L); with ``layout="NLC"`` (L, C) or (N, L, C). A dask array gives one, as for ``conv2d``.
     k : array_like
         (K,) for a one-dimensional x, else (O, C // groups, K), in ``kernel_layout``'s order.
     bias : array_like of shape (O,), optional

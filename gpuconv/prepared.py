@@ -43,8 +43,9 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
 
     Notes
     -----
-    One object may be called from several threads at once, with images of any size, dtype and device. It can be
-    pickled. ``gpuconv.clear()`` releases what was packed and uploaded; the next call makes it again.
+    One object may be called from several threads at once, with images of any size, dtype and device; on a dask array
+    it gives one, as ``conv2d`` does. It can be pickled. ``gpuconv.clear()`` releases what was packed and uploaded; the
+    next call makes it again.
 
     Examples
     --------

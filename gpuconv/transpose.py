@@ -37,7 +37,8 @@ def conv_transpose2d(
     Parameters
     ----------
     x : array_like
-        (H, W), (C, H, W) or (N, C, H, W); with ``layout="NHWC"`` (H, W, C) or (N, H, W, C).
+        (H, W), (C, H, W) or (N, C, H, W); with ``layout="NHWC"`` (H, W, C) or (N, H, W, C). A dask array gives one, as
+        for ``conv2d``, without blocks of groups.
     k : array_like
         (KH, KW) for a two-dimensional x, else (C, O // groups, KH, KW), as PyTorch has it.
     bias : array_like of shape (O,), optional
