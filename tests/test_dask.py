@@ -1,4 +1,4 @@
-"""Dask arrays: block by block the answer of the whole, lazily, in little memory, on threads and in other processes.
+"""Dask arrays: block by block the answer of the whole, and nothing computed before it is asked for.
 
 Integers compare exactly with the call on the array in memory, whatever the blocks; reals with the oracle in units of
 the bound. What reads the wrong halo is shown to be found.
@@ -7,8 +7,6 @@ the bound. What reads the wrong halo is shown to be found.
 from __future__ import annotations
 
 import pickle
-import threading
-import tracemalloc
 from typing import Any
 
 import calls
@@ -20,9 +18,9 @@ import pytest
 import strategies
 from calls import is_costly
 from dask.base import tokenize
-from distributed import Client, LocalCluster
 from hypothesis import given
 from hypothesis import strategies as st
+from test_halo import chunks_of
 from test_properties import judge
 
 import gpuconv
@@ -58,87 +56,6 @@ def same(y: da.Array, wanted: np.ndarray, **options: Any) -> None:
     """``y`` has the bits of ``wanted``, and every block the extents that its chunks say."""
     value = computed(y, **options)
     assert np.array_equal(value, wanted) and value.dtype == wanted.dtype
-
-
-# ---- which elements a block reads
-
-
-@st.composite
-def chunks_of(draw: st.DrawFn, n: int) -> tuple[int, ...]:
-    """A cut of ``n`` elements into blocks, some of nothing."""
-    ends = draw(st.lists(st.integers(0, n), max_size=6))
-    ends = [0, *sorted(ends), n]
-    return tuple(stop - start for start, stop in zip(ends, ends[1:], strict=False))
-
-
-@st.composite
-def axes(draw: st.DrawFn) -> tuple[Any, ...]:
-    mode = draw(st.sampled_from(MODES))
-    n = draw(st.integers(0 if mode == "constant" else 1, 30))
-    k, dilation = draw(st.integers(1, 5)), draw(st.sampled_from((1, 1, 2, 3, 9, 40)))
-    side = st.sampled_from((0, 1, 2, 7, 50))
-    padding = draw(side), draw(side)
-    stride = draw(st.sampled_from((1, 1, 2, 3, 7, 50, 2**31 - 1)))
-    outputs = geometry.output_extent(n, k, padding, stride, dilation)
-    if outputs < 1:
-        n, outputs = n + geometry.window(k, dilation), outputs + geometry.window(k, dilation)
-        outputs = geometry.output_extent(n, k, padding, stride, dilation)
-    return draw(chunks_of(n)), k, outputs, padding, stride, dilation, mode
-
-
-def windows_read(chunks: tuple[int, ...], k: int, reach: halo.Reach) -> np.ndarray:
-    """Which element each tap of each output reads, -1 for the constant, when it is found as a task finds it."""
-    starts = np.cumsum((0, *chunks))
-    window = np.concatenate([np.arange(*(starts[block] + part)) for block, *part in map(np.array, reach.parts)])
-    if reach.table is not None:
-        index = reach.gathered()
-        window = np.where(index < 0, -1, window[index] if window.size else -1)
-    outputs = geometry.output_extent(len(window), k, reach.padding, reach.stride, reach.dilation)
-    assert outputs == reach.outputs
-    first = np.arange(outputs)[:, None] * reach.stride + np.arange(k) * reach.dilation - reach.padding[0]
-    inside = (first >= 0) & (first < len(window))
-    return np.where(inside, window[np.where(inside, first, 0)] if window.size else -1, -1)
-
-
-@given(axis=axes())
-def test_every_output_reads_what_the_whole_says(axis):
-    chunks, k, outputs, padding, stride, dilation, mode = axis
-    blocks, reaches = halo.forward(*axis)
-    assert sum(blocks) == sum(chunks) and sum(reach.outputs for reach in reaches) == outputs
-    assert all(reach.outputs for reach in reaches)
-    position = np.arange(outputs)[:, None] * stride + np.arange(k) * dilation - padding[0]
-    wanted = geometry.source_index(position, sum(chunks), mode)
-    assert np.array_equal(np.concatenate([windows_read(blocks, k, reach) for reach in reaches]), wanted)
-
-
-def test_as_many_outputs_as_elements_lie_in_blocks_like_them():
-    for padding in ((1, 1), (2, 0), (0, 2)):
-        _, reaches = halo.forward((5, 1, 10), 3, 16, padding, 1, 1, "edge")
-        assert [reach.outputs for reach in reaches] == [5, 1, 10]
-        assert [block for reach in reaches for block, _, _ in reach.parts if block > 2] == []
-
-
-def test_a_block_reads_few_blocks_and_only_what_it_needs():
-    chunks = (100,) * 50
-    for stride, mode in ((1, "constant"), (2, "reflect"), (3, "wrap")):
-        blocks, reaches = halo.forward(chunks, 7, geometry.output_extent(5000, 7, (3, 3), stride, 1), (3, 3), stride, 1,
-                                       mode)  # fmt: skip
-        assert blocks == chunks and max(len(reach.parts) for reach in reaches) == 3
-        assert max(stop - start for reach in reaches for _, start, stop in reach.parts) <= 100
-        assert max(sum(stop - start for _, start, stop in reach.parts) for reach in reaches) <= 106
-    # Blocks of 2 elements and windows of 101: larger blocks are made of them.
-    blocks, reaches = halo.forward((2,) * 1000, 101, 2000, (50, 50), 1, 1, "constant")
-    assert set(blocks) == {100} and max(len(reach.parts) for reach in reaches) == 3
-    # Taps far apart: what is between them is not read.
-    blocks, reaches = halo.forward(chunks, 2, 2000, (0, 0), 1, 3000, "constant")
-    assert blocks == chunks and max(len(reach.parts) for reach in reaches) <= 4
-
-
-def test_a_large_border_is_cut_into_blocks_too():
-    blocks, reaches = halo.forward((100,) * 4, 3, 10_398, (10_000, 0), 1, 1, "constant")
-    assert max(reach.outputs for reach in reaches) <= 200 and sum(reach.outputs for reach in reaches) == 10_398
-    _, reaches = halo.forward((5,), 1, 2**31, (2**30, 2**30 - 5), 1, 1, "constant")
-    assert len(reaches) < 2000 and sum(reach.outputs for reach in reaches) == 2**31
 
 
 # ---- the same numbers as in memory
@@ -297,11 +214,14 @@ def test_every_kind_of_number():
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"padding": "same"}, {"padding": (0, 9), "dilation": 4, "stride": 3}, {"padding": 99, "padding_mode": "reflect"},
+    {}, {"padding": "same"}, {"padding": (0, 9), "dilation": 4, "stride": 3},
+    {"padding": 99, "padding_mode": "reflect"},
 ], ids=str)  # fmt: skip
 def test_conv1d(options):
-    for x, k, layout in ((X[0, 0, 0], K[0, 0, 0], "NCL"), (X[0, :, 0], K[:, :, 0], "NCL"), (X[:, :, 0], K[:, :, 0], "NCL"),
-                         (X[:, :, 0].transpose(0, 2, 1), K[:, :, 0], "NLC")):  # fmt: skip
+    for x, k, layout in (
+        (X[0, 0, 0], K[0, 0, 0], "NCL"), (X[0, :, 0], K[:, :, 0], "NCL"), (X[:, :, 0], K[:, :, 0], "NCL"),
+        (X[:, :, 0].transpose(0, 2, 1), K[:, :, 0], "NLC"),
+    ):  # fmt: skip
         wanted = conv1d(x, k, layout=layout, **options)
         for weights in (k, da.from_array(k, chunks=2)):
             same(conv1d(da.from_array(x, chunks=6), weights, layout=layout, **options), wanted)
@@ -527,109 +447,70 @@ def test_explain_says_what_a_block_in_the_middle_runs():
     assert "25 blocks" in found.note
 
 
-# ---- memory
-
-
-def test_memory_stays_at_a_few_blocks():
-    """One after the other, of an image 64 blocks high no more are held at once than a few, scratch included."""
-    rows, block = 64, 128 * 1024 * 4
-    x = da.ones((rows * 128, 1024), chunks=(128, 1024), dtype=np.float32)
-    y = conv2d(x, np.ones((5, 5), np.float32), padding="same", padding_mode="wrap", backend="numpy.gemm",
-               workspace_limit=block)  # fmt: skip
-    total = y.map_blocks(lambda part: part.sum(axis=1, keepdims=True), chunks=(128, 1), dtype=np.float32).sum()
-    conv2d(np.ones((8, 8), np.float32), np.ones((5, 5), np.float32), backend="numpy.gemm")
-    tracemalloc.start()
-    value = total.compute(scheduler="synchronous")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert value == 25 * rows * 128 * 1024
-    assert peak < 10 * block, f"{peak / block:.1f} blocks"
-
-
-# ---- threads and processes
-
-
-def test_threads_at_once():
-    y = conv2d(in_blocks(), K, BIAS, padding=1)
-    same(y, conv2d(X, K, BIAS, padding=1), scheduler="threads", num_workers=8)
-
-
-@pytest.fixture(scope="module")
-def client():
-    # Generous: a machine may be busy, or the test suspended for a while.
-    patient = {
-        "distributed.comm.timeouts.connect": "300s", "distributed.comm.timeouts.tcp": "600s",
-        "distributed.scheduler.worker-ttl": None, "distributed.scheduler.allowed-failures": 10,
-        "distributed.admin.tick.limit": "600s", "distributed.worker.memory.terminate": False,
-        "distributed.deploy.lost-worker-timeout": "600s", "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": 1,
-    }  # fmt: skip
-    with (
-        dask.config.set(patient),
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, death_timeout=600
-        ) as cluster,
-        Client(cluster, timeout=300) as client,
-    ):
-        yield client
-
-
-LIMIT = 300  # seconds for what takes one
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_other_processes_give_the_same(client, mode):
-    layer = Conv2d(K, BIAS, stride=(2, 1), padding=((7, 1), (2, 40)), padding_mode=mode)
-    many = [layer(in_blocks()), conv2d(in_blocks(), da.from_array(K, chunks=3), padding=30, padding_mode=mode)]
-    values = [future.result(timeout=LIMIT) for future in client.compute(many)]
-    assert np.array_equal(values[0], layer(X))
-    assert np.array_equal(values[1], conv2d(X, K, padding=30, padding_mode=mode))
-
-
-def test_workers_take_blocks_of_groups_and_transposed_ones(client):
-    k = integers((4, 1, 3, 3))
-    many = [conv2d(in_blocks(), k, groups=4, padding=1), conv_transpose2d(in_blocks(), K[:4], stride=2)]
-    values = [future.result(timeout=LIMIT) for future in client.compute(many)]
-    assert np.array_equal(values[0], conv2d(X, k, groups=4, padding=1))
-    assert np.array_equal(values[1], conv_transpose2d(X, K[:4], stride=2))
-
-
-def test_blocks_share_the_threads():
-    """A block on a thread of a pool uses its share; what it was before is restored, and alone it has all."""
-    from gpuconv import blocked
-    from gpuconv.backends.numba_cpu import runtime
-
-    if runtime.unavailable() is not None:
-        pytest.skip("no compiled kernels on this machine")
-    usual, seen = runtime.thread_count(), []
-
-    def work() -> None:
-        for blocks in (1, 1000):
-            with blocked._threads(blocks):
-                seen.append(runtime.thread_count())
-        seen.append(runtime.thread_count())
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [usual, 1, usual]
-    with blocked._threads(1000):
-        assert runtime.thread_count() == usual
-
-
-@pytest.mark.parametrize("layer", ["workqueue", pytest.param("omp", marks=pytest.mark.full)])
-def test_parallel_kernels_in_several_threads(layer):
-    """As many threads as one asks for, in each of eight at once: Numba's workqueue would end the process."""
-    calls.child(f"""
-import numpy as np, dask.array as da, gpuconv, numba
-x = np.random.default_rng(0).integers(-4, 5, (1, 8, 256, 256)).astype(np.float32)
-k = np.random.default_rng(1).integers(-4, 5, (8, 8, 3, 3)).astype(np.float32)
-wanted = gpuconv.conv2d(x, k, padding=1)
-assert numba.threading_layer() == "{layer}"
-for _ in range(3):
-    y = gpuconv.conv2d(da.from_array(x, chunks=(1, 8, 64, 64)), k, padding=1)
-    assert np.array_equal(y.compute(scheduler="threads", num_workers=8), wanted)
-""", NUMBA_THREADING_LAYER=layer, GPUCONV_NUM_THREADS="2")  # fmt: skip
-
-
 def test_tokens_of_layers_are_those_of_their_weights():
     assert tokenize(Conv2d(K)) == tokenize(Conv2d(K.copy())) != tokenize(Conv2d(K + 1))
+
+
+# ---- arrays that are not NumPy's
+
+
+class Foreign:
+    """An array as CuPy's are: no ndarray, and none to be made of it without asking; NumPy's functions call it."""
+
+    def __init__(self, inner: np.ndarray) -> None:
+        self.inner = inner
+        self.shape, self.size, self.ndim, self.dtype = inner.shape, inner.size, inner.ndim, inner.dtype
+
+    def __array_function__(self, function: Any, types: Any, arguments: Any, options: Any) -> Foreign:
+        assert function.__name__ in ("empty_like", "full_like", "asarray")
+        arguments = [given.inner if isinstance(given, Foreign) else given for given in arguments]
+        return Foreign(function(*arguments, **options))
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        raise TypeError("implicit conversion to a NumPy array is not allowed")
+
+    def __getitem__(self, index: Any) -> Foreign:
+        return Foreign(self.inner[_own(index)])
+
+    def __setitem__(self, index: Any, value: Foreign) -> None:
+        self.inner[_own(index)] = value.inner
+
+    def copy(self) -> Foreign:
+        return Foreign(self.inner.copy())
+
+
+def _own(index: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The index, whose arrays must be of the library that is indexed."""
+    assert not any(isinstance(part, np.ndarray) for part in index)
+    return tuple(part.inner if isinstance(part, Foreign) else part for part in index)
+
+
+@pytest.mark.parametrize("options", [{"padding": 30, "padding_mode": "wrap"}, {"padding": 9, "dilation": (8, 7)}])
+def test_windows_are_put_together_in_the_blocks_own_library(options, monkeypatch):
+    """What a GPU's blocks go through before they are convolved, on a stand-in; no GPU has run it."""
+    right = Conv2d.on_window
+
+    def own(self: Conv2d, x: Any, *steps: Any) -> np.ndarray:
+        assert isinstance(x, Foreign)
+        return right(self, x.inner, *steps)
+
+    monkeypatch.setattr(Conv2d, "on_window", own)
+    x = in_blocks().map_blocks(Foreign, dtype=X.dtype, meta=np.empty((0,) * 4, X.dtype))
+    same(conv2d(x, K, **options), conv2d(X, K, **options))
+
+
+def test_the_result_is_described_in_the_blocks_own_library():
+    class Own(np.ndarray):
+        pass
+
+    x = da.from_array(X.view(Own), chunks=BLOCKS, asarray=False)
+    assert isinstance(x._meta, Own)
+    y = conv2d(x, K.astype(np.float64))
+    assert isinstance(y._meta, Own) and y._meta.dtype == np.float64
+
+
+def test_a_device_is_each_workers_own(monkeypatch):
+    monkeypatch.setenv("GPUCONV_FALLBACK", "silent")
+    same(conv2d(in_blocks(), K, device="cuda"), conv2d(X, K, device="cuda"))
+    with pytest.raises(gpuconv.NoBackendError if calls.usable("cuda") == [] else ValueError):
+        conv2d(in_blocks(), K, device="cuda:99", backend="cupy").compute(scheduler="synchronous")
