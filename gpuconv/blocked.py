@@ -91,9 +91,10 @@ def plan(problem: Conv2dProblem, x: Any, rank: int) -> Plan:
         else:
             found = halo.transposed(chunks[axis], k, outputs, pads[0], stride, dilation)
         chunks[axis], reaches[axis] = found
-    # A transposed convolution, whose channels are O here, takes all of them at once.
+    # A transposed convolution takes all channels at once.
     count = problem.groups if problem.op == "forward" else 1
-    runs = halo.groups(chunks.get("C", (1,)), count, problem.C // count)
+    channels, runs = halo.groups(chunks.get("C", (1,)), count, problem.operand_shapes[0][1] // count)
+    chunks["C"] = channels
     per_run = problem.result_channels // count
     y_chunks = {axis: tuple(reach.outputs for reach in found) for axis, found in reaches.items()}
     y_chunks["C"] = tuple((stop - first) * per_run for (first, stop), _ in runs)

@@ -96,16 +96,21 @@ def transposed(
     return _of_few_blocks(chunks, width, planned)
 
 
-def groups(chunks: Chunks, count: int, channels: int) -> list[tuple[Pair, tuple[Part, ...]]]:
+def groups(chunks: Chunks, count: int, channels: int) -> tuple[Chunks, list[tuple[Pair, tuple[Part, ...]]]]:
     """Runs (first, last but one) of ``count`` groups of ``channels`` each that follow the blocks of the channel axis,
-    and the parts that each run reads. One group is never cut.
+    and the parts that each run reads; before them the blocks to work on. One group is never cut.
     """
     ends = list(itertools.accumulate(chunks))
     if count == 1 or channels == 0:
-        return [((0, count), parts(chunks, 0, ends[-1]))]
-    stops = sorted({-(-end // channels) for end in ends} - {0})
+        stops = [count]
+    else:
+        stops = sorted({-(-end // channels) for end in ends} - {0})
     runs = list(zip([0, *stops], stops, strict=False))
-    return [((first, stop), parts(chunks, first * channels, stop * channels)) for first, stop in runs]
+    read = [parts(chunks, first * channels, stop * channels) for first, stop in runs]
+    if max(map(len, read)) > _FEW:
+        chunks = tuple((stop - first) * channels for first, stop in runs)
+        read = [((run, 0, extent),) for run, extent in enumerate(chunks)]
+    return chunks, list(zip(runs, read, strict=True))
 
 
 def parts(chunks: Chunks, start: int, stop: int) -> tuple[Part, ...]:

@@ -160,6 +160,20 @@ def test_blocks_of_channels_are_gathered_for_every_output_channel():
     same(y, conv2d(X, K, padding=1))
 
 
+def test_many_small_blocks_of_channels_are_merged():
+    """Rather than cut into strips one by one: 32 times nine pieces for each block of the result."""
+    x, k = integers((32, 40, 40), np.int64), integers((8, 32, 3, 3), np.int64)
+    for weights, options in ((k, {}), (k[:, :16], {"groups": 2}), (k[:, :1], {"groups": 32})):
+        weights = np.concatenate([weights] * 4)
+        y = conv2d(da.from_array(x, chunks=(1, 10, 10)), weights, padding=1, **options)
+        same(y, conv2d(x, weights, padding=1, **options))
+        pieces = [key for key in y.__dask_graph__() if "strip" in key[0]]
+        assert len(pieces) <= 8 * y.npartitions
+    same(
+        conv_transpose2d(da.from_array(x, chunks=(1, 20, 20)), k.swapaxes(0, 1)), conv_transpose2d(x, k.swapaxes(0, 1))
+    )
+
+
 @pytest.mark.parametrize(("groups", "blocks", "runs"), [(4, (1, 2, 1), (2, 4, 2)), (4, (3, 0, 1), (6, 2)),
                                                         (2, (1, 2, 1), (4, 4)), (2, (4,), (8,))])  # fmt: skip
 @pytest.mark.parametrize("lazy", [False, True])
@@ -204,7 +218,7 @@ def test_empty_axes():
 
 
 def test_every_kind_of_number():
-    for dtype in ("float16", "bfloat16", "float64", "complex64", "int8", "uint8", "int16", "bool"):
+    for dtype in ("float16", "bfloat16", "float64", "complex64", "int8", "uint8", "int16", "bool", ">f4", ">i2"):
         x, k = (np.abs(a).astype(strategies.cases.numpy_dtype(dtype)) for a in (X, K))
         options = {"padding": 3, "padding_mode": "reflect", "backend": "numpy"}
         same(conv2d(in_blocks(x), k, **options), conv2d(x, k, **options))
@@ -407,6 +421,29 @@ def test_refusals_name_the_argument_and_the_remedy():
     ):  # fmt: skip
         with pytest.raises(TypeError, match=r"is a dask array.*compute\(\).*map_blocks"):
             call()
+
+
+def test_query_planning_is_refused():
+    said = calls.child("""
+import dask.array as da, numpy as np, gpuconv
+try:
+    gpuconv.conv2d(da.zeros((9, 9), chunks=4), np.ones((3, 3)))
+except TypeError as error:
+    print(error)""", DASK_ARRAY__QUERY_PLANNING="True")  # fmt: skip
+    assert "conv2d: x is a dask array with query planning" in said and "array.query-planning" in said
+
+
+def test_a_dask_array_inside_another_collection_is_pointed_at():
+    class Labelled:
+        """As xarray's DataArray."""
+
+        data = in_blocks()
+
+        def __dask_graph__(self) -> Any:
+            return self.data.__dask_graph__()
+
+    with pytest.raises(TypeError, match=r"x is a lazy dask collection.*compute\(\).*x\.data"):
+        conv2d(Labelled(), K)
 
 
 def test_arguments_are_checked_at_once():

@@ -79,6 +79,12 @@ def test_workers_take_blocks_of_groups_and_transposed_ones(client):
     assert np.array_equal(values[1], conv_transpose2d(X, K[:4], stride=2))
 
 
+def test_blocks_that_are_held_by_workers(client):
+    held = client.persist(in_blocks())
+    value = client.compute(conv2d(held, K, padding="same", padding_mode="reflect")).result(timeout=LIMIT)
+    assert np.array_equal(value, conv2d(X, K, padding="same", padding_mode="reflect"))
+
+
 def test_blocks_share_the_threads():
     """A block on a thread of a pool uses its share; what it was before is restored, and alone it has all."""
     from gpuconv import blocked
