@@ -145,7 +145,7 @@ def compute(
 
     named = [value.name if arrays.is_dask(value) else value for value in (x, kernel, offset)]
     token = tokenize(*named, asked.k_zero_point, problem, where)
-    name, strips, kernels = (f"{call.lower()}{part}-{token}" for part in ("", "-strip", "-kernel"))
+    names = name, _, kernels = tuple(f"{call.lower()}{part}-{token}" for part in ("", "-strip", "-kernel"))
     graph: dict[Any, Any] = {}
     sources = [x]
     for run, (first, stop) in enumerate(cut.runs):
@@ -156,7 +156,7 @@ def compute(
         later = [array.rechunk(-1) if arrays.is_dask(array) else array for array in shares]
         sources += filter(arrays.is_dask, later)
         graph[kernels, run] = _kernel(problem.op, _options(asked, first, stop) | where, *later)
-    _add_blocks(graph, name, strips, kernels, cut, x, problem)
+    _add_blocks(graph, call, names, cut, x, problem)
     layers = HighLevelGraph.from_collections(name, graph, dependencies=sources)
     meta = np.empty_like(x._meta, shape=(0,) * len(asked.shape), dtype=dtypes.numpy_dtype(problem.y_dtype))
     lazy_array: Any = dask.array.Array
@@ -216,11 +216,12 @@ def _transposed(options: dict[str, Any], kernel: Array, bias: Array | None) -> C
 
 
 def _add_blocks(
-    graph: dict[Any, Any], name: str, strips: str, kernels: str, cut: Plan, x: Any, problem: Conv2dProblem
+    graph: dict[Any, Any], call: str, names: tuple[str, ...], cut: Plan, x: Any, problem: Conv2dProblem
 ) -> None:
-    """Add the tasks: the ``strips`` that are cut from blocks of ``x``, and the blocks of the result, ``name``, that the
-    ``kernels`` make of them.
+    """Add the tasks: the blocks of the result, and the strips of ``x`` that they read; ``names`` are those of blocks,
+    strips and kernels.
     """
+    name, strips, kernels = names
     pieces: dict[tuple[Part, ...], Any] = {}
 
     def piece(parts: tuple[Part, ...]) -> Any:
@@ -242,7 +243,7 @@ def _add_blocks(
     for c, i, j in itertools.product(*where):
         at = {"C": c, "H": i, "W": j, "N": 0}
         counts = tuple(len(cut.parts[axis][at[axis]]) for axis in cut.x_axes)
-        block = Block(problem.op, cut.rows[i], cut.columns[j], spatial, counts, problem.fill, cut.blocks)
+        block = Block(call, problem.op, cut.rows[i], cut.columns[j], spatial, counts, problem.fill, cut.blocks)
         for n in range(len(cut.parts["N"])):
             at["N"] = n
             read = itertools.product(*(cut.parts[axis][at[axis]] for axis in cut.x_axes))
@@ -260,6 +261,7 @@ def _strip(block: Array, part: tuple[slice, ...]) -> Array:
 class Block:
     """The task that makes one block of the result of a kernel and the pieces of a window."""
 
+    call: str
     op: str
     rows: Reach
     columns: Reach
@@ -279,8 +281,8 @@ class Block:
             if self.op != "forward":
                 extra = self.rows.output_padding, self.columns.output_padding
                 return kernel(window, padding=padding, output_padding=extra)
-            strides, dilations = ((self.rows.stride, self.columns.stride), (self.rows.dilation, self.columns.dilation))
-            return kernel.on_window(window, strides, padding, dilations)
+            stride, dilation = (self.rows.stride, self.columns.stride), (self.rows.dilation, self.columns.dilation)
+            return kernel.on_window(self.call, window, stride, padding, dilation)
 
 
 def _joined(pieces: Sequence[Array], counts: tuple[int, ...]) -> Array:

@@ -139,9 +139,8 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
             call, asked, out, where["device"], where["backend"], where["workspace_limit"], stream, self, done
         )
 
-    def on_window(self, x: Any, stride: Pair, padding: Pads, dilation: Pair) -> Any:
-        """Convolve a window of a larger image, which has steps and borders of its own."""
-        call = "Conv2d"
+    def on_window(self, call: str, x: Any, stride: Pair, padding: Pads, dilation: Pair) -> Any:
+        """Convolve a window of a larger image, which has steps and borders of its own, for the public ``call``."""
         options = self._options | {"stride": stride, "padding": padding, "dilation": dilation}
         image = arrays.operand(call, "x", x)
         asked = request.of_operands(call, image, self._kernel, self._bias, self._zero_points, **options)

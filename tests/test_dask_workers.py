@@ -52,7 +52,7 @@ def client():
     with (
         dask.config.set(patient),
         LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, death_timeout=600
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", death_timeout=600
         ) as cluster,
         Client(cluster, timeout=300) as client,
     ):
