@@ -8,6 +8,7 @@ whole says.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from gpuconv import geometry
 from gpuconv.geometry import IntArray, Pair
 
 Chunks = tuple[int, ...]
-Part = tuple[int, int, int]  # of one block: its position in the row, and the first and the last but one element read
+Part = tuple[int, int, int]  # of one block: its position in the row, and where in it what is read starts and stops
 
 # A result needs no more blocks per axis than this, as long as larger blocks help: each is a piece of a task's input.
 _FEW = 6
@@ -26,6 +27,27 @@ _FEW = 6
 _LEAST, _MOST = 64, 1000
 # Windows with so many times more elements than products have large gaps, which are left out.
 _SPARSE = 4
+
+
+class Row:
+    """The blocks of one axis."""
+
+    def __init__(self, chunks: Chunks) -> None:
+        self.chunks = chunks
+        self.ends = list(itertools.accumulate(chunks))
+        self.starts = [0, *self.ends[:-1]]
+        self.size = self.ends[-1]
+
+    def parts(self, start: int, stop: int) -> tuple[Part, ...]:
+        """What the blocks have of the elements ``start`` to ``stop``; of none, the empty part of one block."""
+        if start >= stop:
+            return ((0, 0, 0),)
+        blocks = range(bisect.bisect_right(self.ends, start), bisect.bisect_left(self.ends, stop) + 1)
+        return tuple(
+            (block, max(start - self.starts[block], 0), min(stop - self.starts[block], self.chunks[block]))
+            for block in blocks
+            if self.chunks[block]
+        )
 
 
 @dataclass(frozen=True)
@@ -66,11 +88,10 @@ def forward(
     width = geometry.window(k, dilation)
 
     def planned(chunks: Chunks) -> list[Reach]:
-        cut = _forward_blocks(chunks, width, outputs, padding[0], stride)
-        ends = list(itertools.accumulate(cut))
+        row, cut = Row(chunks), _forward_blocks(chunks, width, outputs, padding[0], stride)
         return [
-            _forward_reach(chunks, k, end - size, size, padding[0], stride, dilation, mode)
-            for size, end in zip(cut, ends, strict=True)
+            _forward_reach(row, k, end - size, size, padding[0], stride, dilation, mode)
+            for size, end in zip(cut, itertools.accumulate(cut), strict=True)
         ]
 
     return _of_few_blocks(chunks, width, planned)
@@ -85,43 +106,31 @@ def transposed(
     def planned(chunks: Chunks) -> list[Reach]:
         # The outputs in the middle of what an element reaches are in its block; all of them, where they are stride
         # times as many.
-        shift = 0 if outputs == sum(chunks) * stride else (width - 1) // 2 - before
-        cut = _cut(chunks, [end * stride + shift for end in itertools.accumulate(chunks)], outputs, stride, 1)
-        ends = itertools.accumulate(cut)
+        row = Row(chunks)
+        shift = 0 if outputs == row.size * stride else (width - 1) // 2 - before
+        cut = _cut(chunks, [end * stride + shift for end in row.ends], outputs, stride, 1)
         return [
-            _transposed_reach(chunks, width, end - size, size, before, stride, dilation)
-            for size, end in zip(cut, ends, strict=True)
+            _transposed_reach(row, width, end - size, size, before, stride, dilation)
+            for size, end in zip(cut, itertools.accumulate(cut), strict=True)
         ]
 
     return _of_few_blocks(chunks, width, planned)
 
 
 def groups(chunks: Chunks, count: int, channels: int) -> tuple[Chunks, list[tuple[Pair, tuple[Part, ...]]]]:
-    """Runs (first, last but one) of ``count`` groups of ``channels`` each that follow the blocks of the channel axis,
-    and the parts that each run reads; before them the blocks to work on. One group is never cut.
+    """Runs of ``count`` groups of ``channels`` each that follow the blocks of the channel axis, as (start, stop), and
+    the parts that each run reads; before them the blocks to work on. One group is never cut.
     """
-    ends = list(itertools.accumulate(chunks))
-    if count == 1 or channels == 0:
-        stops = [count]
-    else:
-        stops = sorted({-(-end // channels) for end in ends} - {0})
+    row = Row(chunks)
+    stops = [count]
+    if count > 1 and channels > 0:
+        stops = sorted({-(-end // channels) for end in row.ends} - {0})
     runs = list(zip([0, *stops], stops, strict=False))
-    read = [parts(chunks, first * channels, stop * channels) for first, stop in runs]
+    read = [row.parts(start * channels, stop * channels) for start, stop in runs]
     if max(map(len, read)) > _FEW:
-        chunks = tuple((stop - first) * channels for first, stop in runs)
+        chunks = tuple((stop - start) * channels for start, stop in runs)
         read = [((run, 0, extent),) for run, extent in enumerate(chunks)]
     return chunks, list(zip(runs, read, strict=True))
-
-
-def parts(chunks: Chunks, start: int, stop: int) -> tuple[Part, ...]:
-    """What the blocks have of the elements ``start`` to ``stop``; of none, the empty part of one block."""
-    found, first = [], 0
-    for block, extent in enumerate(chunks):
-        low, high = max(start - first, 0), min(stop - first, extent)
-        if low < high:
-            found.append((block, low, high))
-        first += extent
-    return tuple(found) or ((0, 0, 0),)
 
 
 def _of_few_blocks(chunks: Chunks, width: int, planned: Callable[[Chunks], list[Reach]]) -> tuple[Chunks, list[Reach]]:
@@ -173,45 +182,39 @@ def _cut(chunks: Chunks, stops: Sequence[int], outputs: int, times: int, over: i
 
 
 def _forward_reach(
-    chunks: Chunks, k: int, first: int, outputs: int, before: int, stride: int, dilation: int, mode: str
+    row: Row, k: int, first: int, outputs: int, before: int, stride: int, dilation: int, mode: str
 ) -> Reach:
     """What the ``outputs`` from ``first`` on read."""
-    n = sum(chunks)
     start = first * stride - before
     stop = start + geometry.span(k, outputs, (stride, dilation)) if outputs else start
     sparse = stop - start > _SPARSE * outputs * k
-    if not sparse and (mode == "constant" or (start >= 0 and stop <= n)):
-        low, high = min(max(start, 0), n), max(min(stop, n), 0)
+    if not sparse and (mode == "constant" or (start >= 0 and stop <= row.size)):
+        low, high = max(start, 0), min(stop, row.size)
         if low >= high:  # nothing but padding
-            return Reach(outputs, ((0, 0, 0),), stride, dilation, (stop - start, 0))
-        return Reach(outputs, parts(chunks, low, high), stride, dilation, (low - start, stop - high))
-    table = (n, k, outputs, before - first * stride, stride, dilation, mode)
+            return Reach(outputs, row.parts(0, 0), stride, dilation, (stop - start, 0))
+        return Reach(outputs, row.parts(low, high), stride, dilation, (low - start, stop - high))
+    table = (row.size, k, outputs, before - first * stride, stride, dilation, mode)
     made = geometry.index_table(*table)
-    starts = np.cumsum((0, *chunks))[:-1]
     wanted = np.unique(made.index[made.index >= 0])
-    block = np.searchsorted(starts, wanted, side="right") - 1
-    found, firsts = [], []
-    for at in np.unique(block):
-        low, high = int(wanted[block == at][0]), int(wanted[block == at][-1]) + 1
-        origin = int(starts[at])
-        found.append((int(at), low - origin, high - origin))
-        firsts.append(low)
+    blocks, cuts = np.unique(np.searchsorted(row.ends, wanted, side="right"), return_index=True)
+    parts, firsts = [], []
+    for block, mine in zip(blocks.tolist(), np.split(wanted, cuts[1:]), strict=True):
+        origin = row.starts[block]
+        firsts.append(int(mine[0]))
+        parts.append((block, int(mine[0]) - origin, int(mine[-1]) + 1 - origin))
     return Reach(
-        outputs, tuple(found) or ((0, 0, 0),), made.outer, made.inner, firsts=tuple(firsts) or (0,), table=table
+        outputs, tuple(parts) or row.parts(0, 0), made.outer, made.inner, firsts=tuple(firsts) or (0,), table=table
     )
 
 
-def _transposed_reach(
-    chunks: Chunks, width: int, first: int, outputs: int, before: int, stride: int, dilation: int
-) -> Reach:
+def _transposed_reach(row: Row, width: int, first: int, outputs: int, before: int, stride: int, dilation: int) -> Reach:
     """What the ``outputs`` from ``first`` on of a transposed convolution read; at least one element of x."""
-    n = sum(chunks)
     start, stop = first + before, first + before + outputs
-    low = min(max(-(-(start - width + 1) // stride), 0), start // stride, n - 1)
-    high = max(min((stop - 1) // stride, n - 1), low) + 1
+    low = min(max(-(-(start - width + 1) // stride), 0), start // stride, row.size - 1)
+    high = max(min((stop - 1) // stride, row.size - 1), low) + 1
     reach = (high - low - 1) * stride + width  # of what is read, from low·stride on
     cut = reach - (stop - low * stride)
     return Reach(
-        outputs, parts(chunks, low, high), stride, dilation, (start - low * stride, max(cut, 0)),
+        outputs, row.parts(low, high), stride, dilation, (start - low * stride, max(cut, 0)),
         output_padding=max(-cut, 0),
     )  # fmt: skip

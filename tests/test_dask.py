@@ -129,14 +129,14 @@ def test_wrong_halos_are_found(monkeypatch):
     """The checks above fail where a block reads a pixel too early, too little, or is padded on its own."""
     right = halo._forward_reach
 
-    def early(chunks, k, first, outputs, before, *rest):
-        return right(chunks, k, first, outputs, before + (first > 0), *rest)
+    def early(row, k, first, outputs, before, *rest):
+        return right(row, k, first, outputs, before + (first > 0), *rest)
 
-    def late(chunks, k, first, outputs, before, *rest):
-        return right(chunks, k, first, outputs, before - (first > 0), *rest)
+    def late(row, k, first, outputs, before, *rest):
+        return right(row, k, first, outputs, before - (first > 0), *rest)
 
-    def alone(chunks, k, first, outputs, before, stride, dilation, mode):
-        reach = right(chunks, k, first, outputs, before, stride, dilation, mode)
+    def alone(row, k, first, outputs, before, stride, dilation, mode):
+        reach = right(row, k, first, outputs, before, stride, dilation, mode)
         (block, start, stop), *others = reach.parts
         if not others or reach.table is not None:
             return reach
@@ -379,6 +379,8 @@ def test_ten_thousand_blocks_are_described_at_once():
     y = conv2d(x, K[0, 0], padding="same", padding_mode="reflect")
     assert y.numblocks == (100, 100)
     assert len(y.__dask_graph__()) <= 100 * 100 * 10 + 1  # with eight strips of neighbours for each
+    y = conv1d(da.zeros(80_000, chunks=8), np.ones(3), padding="same")
+    assert y.numblocks == (10_000,)
 
 
 def test_importing_gpuconv_and_using_it_does_not_import_dask():

@@ -47,7 +47,7 @@ def client():
         "distributed.comm.timeouts.connect": "300s", "distributed.comm.timeouts.tcp": "600s",
         "distributed.scheduler.worker-ttl": None, "distributed.scheduler.allowed-failures": 10,
         "distributed.admin.tick.limit": "600s", "distributed.worker.memory.terminate": False,
-        "distributed.deploy.lost-worker-timeout": "600s", "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": 1,
+        "distributed.deploy.lost-worker-timeout": "600s",
     }  # fmt: skip
     with (
         dask.config.set(patient),
