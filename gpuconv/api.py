@@ -113,17 +113,20 @@ def conv2d(
     Takes ``2 · N · O · OH · OW · (C // groups) · KH · KW`` operations. ``explain`` takes the same arguments and says
     what would run.
 
-    A dask array x gives a dask array: nothing is computed, k and bias may be dask arrays too (each is one task's input,
-    whole), and what is wrong with the arguments is still said at once. Every block of the result is one task, which
-    reads its window of x, with the pixels of neighbouring blocks that it needs; padding and stride are those of the
-    whole image. The result's blocks follow those of x: the same where the sizes are the same, else an output is in the
-    block of the middle of its window. Blocks much smaller than the window are merged first. All output channels are in
-    one block, made from all channels of x; of several groups, blocks of channels stay blocks. Integers come out as from
-    an array in memory, everything else within the same bound: what runs may depend on a block's size and on the worker,
-    where ``backend`` does not say. ``device="cuda"`` is each worker's own current GPU. Where blocks run side by side in
-    the threads of one process, each has its share of Numba's threads (one, from as many blocks as threads on), or what
-    ``GPUCONV_NUM_THREADS`` says; the threads of NumPy's BLAS are its own matter (``OPENBLAS_NUM_THREADS``). Each block
-    that runs may take ``workspace_limit``. ``out`` and ``stream`` are refused.
+    A dask array x gives a dask array. Nothing is computed, but what is wrong with the arguments is said at once; k and
+    bias may be dask arrays too, and are then one block each. ``out`` and ``stream`` are refused.
+
+    - Every block of the result is one task, which reads its window of x, with the pixels of neighbouring blocks that it
+      needs; padding and stride are those of the whole image.
+    - The result's blocks follow those of x: the same where the sizes are the same, else an output is in the block of
+      the middle of its window. Blocks much smaller than the window are merged first. A block has all output channels,
+      made from all channels of x, so that many of them ask for small blocks of pixels; of several groups, blocks of
+      channels stay blocks.
+    - Integers come out as from an array in memory, everything else within the same bound: what runs may depend on a
+      block's size and on the worker, where ``backend`` does not say. ``device="cuda"`` is each worker's current GPU.
+    - Where blocks run side by side in threads, each has its share of Numba's threads (one, from as many blocks as
+      threads on), or what ``GPUCONV_NUM_THREADS`` says; the threads of NumPy's BLAS are a matter of its own
+      (``OPENBLAS_NUM_THREADS``). Each block that runs may take ``workspace_limit``.
 
     Examples
     --------

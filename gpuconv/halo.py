@@ -196,15 +196,15 @@ def _forward_reach(
     table = (row.size, k, outputs, before - first * stride, stride, dilation, mode)
     made = geometry.index_table(*table)
     wanted = np.unique(made.index[made.index >= 0])
+    if not wanted.size:
+        return Reach(outputs, row.parts(0, 0), made.outer, made.inner, firsts=(0,), table=table)
     blocks, cuts = np.unique(np.searchsorted(row.ends, wanted, side="right"), return_index=True)
     parts, firsts = [], []
     for block, mine in zip(blocks.tolist(), np.split(wanted, cuts[1:]), strict=True):
-        origin = row.starts[block]
-        firsts.append(int(mine[0]))
-        parts.append((block, int(mine[0]) - origin, int(mine[-1]) + 1 - origin))
-    return Reach(
-        outputs, tuple(parts) or row.parts(0, 0), made.outer, made.inner, firsts=tuple(firsts) or (0,), table=table
-    )
+        origin, low, high = row.starts[block], int(mine[0]), int(mine[-1]) + 1
+        firsts.append(low)
+        parts.append((block, low - origin, high - origin))
+    return Reach(outputs, tuple(parts), made.outer, made.inner, firsts=tuple(firsts), table=table)
 
 
 def _transposed_reach(row: Row, width: int, first: int, outputs: int, before: int, stride: int, dilation: int) -> Reach:

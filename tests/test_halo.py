@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gpuconv import geometry, halo
@@ -50,6 +50,8 @@ def windows_read(chunks: tuple[int, ...], k: int, reach: halo.Reach) -> np.ndarr
 
 
 @given(axis=axes())
+@example(axis=((2, 1), 1, 2, (50, 50), 60, 1, "constant"))  # far apart, and nothing but padding
+@example(axis=((0,), 1, 2, (50, 50), 60, 1, "constant"))
 def test_every_output_reads_what_the_whole_says(axis):
     chunks, k, outputs, padding, stride, dilation, mode = axis
     blocks, reaches = halo.forward(*axis)
