@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import quick, request
+from gpuconv import arrays, quick, request
 from gpuconv.dispatch import Choice
 from gpuconv.quick import token
 
@@ -45,7 +45,7 @@ def conv2d(
     ----------
     x : array_like
         (H, W), (C, H, W) or (N, C, H, W); with ``layout="NHWC"`` (H, W, C) or (N, H, W, C). A NumPy, CuPy or PyTorch
-        array, any object with DLPack or ``__cuda_array_interface__``, or nested lists.
+        array, any object with DLPack or ``__cuda_array_interface__``, or nested lists. Or a dask array: see Notes.
     k : array_like
         (KH, KW) or (O, KH, KW) for a two-dimensional x, else (O, C // groups, KH, KW), in ``kernel_layout``'s order.
     bias : array_like of shape (O,), optional
@@ -113,6 +113,21 @@ def conv2d(
     Takes ``2 · N · O · OH · OW · (C // groups) · KH · KW`` operations. ``explain`` takes the same arguments and says
     what would run.
 
+    A dask array x gives a dask array. Nothing is computed, but what is wrong with the arguments is said at once; k and
+    bias may be dask arrays too, and are then one block each. ``out`` and ``stream`` are refused.
+
+    - Every block of the result is one task, which reads its window of x, with the pixels of neighbouring blocks that it
+      needs; padding and stride are those of the whole image.
+    - The result's blocks follow those of x: the same where the sizes are the same, else an output is in the block of
+      the middle of its window. Blocks much smaller than the window are merged first. A block has all output channels,
+      made from all channels of x, so that many of them ask for small blocks of pixels; of several groups, blocks of
+      channels stay blocks.
+    - Integers come out as from an array in memory, everything else within the same bound: what runs may depend on a
+      block's size and on the worker, where ``backend`` does not say. ``device="cuda"`` is each worker's current GPU.
+    - Where blocks run side by side in threads, each has its share of Numba's threads (one, from as many blocks as
+      threads on), or what ``GPUCONV_NUM_THREADS`` says; the threads of NumPy's BLAS are a matter of its own
+      (``OPENBLAS_NUM_THREADS``). Each block that runs may take ``workspace_limit``.
+
     Examples
     --------
     >>> import numpy as np
@@ -141,10 +156,18 @@ def conv2d(
                 return ready(x, k, bias)
             except MemoryError:  # the long way knows what takes less
                 key = None
+    lazy = arrays.is_dask(x)
+    operands = x, k, bias
+    if lazy:
+        from gpuconv import blocked
+
+        operands = blocked.stand_ins(call, x, k, bias)
     asked = request.forward(
-        call, x, k, bias, stride, padding, dilation, groups, padding_mode, padding_value, flip, layout, kernel_layout,
+        call, *operands, stride, padding, dilation, groups, padding_mode, padding_value, flip, layout, kernel_layout,
         activation, x_zero_point, k_zero_point, dtype, precision,
     )  # fmt: skip
+    if lazy:
+        return blocked.compute(call, asked, x, k, bias, out, device, backend, workspace_limit, stream)
 
     def done(choice: Choice) -> None:
         if key is not None:

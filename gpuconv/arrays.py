@@ -76,8 +76,8 @@ def operand(call: str, name: str, value: Any) -> Operand:
         return _from_torch(call, name, value)
     if _root(value) == "cupy" and hasattr(value, "__cuda_array_interface__"):
         return _on_gpu(call, name, value)
-    if getattr(value, "__dask_graph__", None) is not None and value.__dask_graph__() is not None:
-        raise TypeError(f"{call}: {name} is a lazy dask collection; compute() it first, it is never computed silently")
+    if is_dask(value) or (getattr(value, "__dask_graph__", None) is not None and value.__dask_graph__() is not None):
+        raise TypeError(f"{call}: {_lazy(name, value)}")
     if isinstance(value, (str, bytes)) or value is None:
         raise TypeError(f"{call}: {name} must be an array of numbers; got {value!r}")
     # DLPack first: it orders two streams by an event, where CuPy reads the other protocol by waiting for the GPU.
@@ -96,6 +96,18 @@ def operand(call: str, name: str, value: Any) -> Operand:
     except ValueError as error:
         raise ValueError(f"{call}: {name} cannot become an array: {error}") from None
     return _host(call, name, array)
+
+
+def _lazy(name: str, value: Any) -> str:
+    """Why a lazy ``value`` is refused, and what to do."""
+    if not is_dask(value):
+        inside = f", or pass the dask array in it, {name}.data" if is_dask(getattr(value, "data", None)) else ""
+        return f"{name} is a lazy dask collection, which is never computed silently; compute() it first{inside}"
+    return (
+        f"{name} is a dask array, which is never computed silently; compute() it first, or apply the call to its "
+        "blocks with dask.array.map_blocks (conv2d, Conv2d, conv1d and conv_transpose2d take a dask array as x, and "
+        "beside it as k and bias)"
+    )
 
 
 def _from_interface(call: str, name: str, value: Any) -> Operand:
@@ -142,6 +154,12 @@ def _require_alignment(call: str, name: str, array: Array) -> None:
 def _is_torch(value: Any) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
+
+
+def is_dask(value: Any) -> bool:
+    """Whether ``value`` is a dask array; where nobody has imported dask, nothing is."""
+    library = sys.modules.get("dask.array")
+    return library is not None and isinstance(value, getattr(library, "Array", ()))
 
 
 def _cupy(call: str, name: str) -> Any:

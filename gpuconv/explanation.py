@@ -42,7 +42,8 @@ class Explanation:
     implementation: str | None
     plan: Plan | None
     table: tuple[Verdict, ...]
-    note: str | None = None  # a fallback to the CPU, why nothing can run, or how host arrays reach the GPU
+    # a fallback to the CPU, why nothing can run, how host arrays reach the GPU, what the blocks of a dask array are
+    note: str | None = None
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -165,7 +166,8 @@ def explain(
     ----------
     x, k : array_like, or tuple of int
         As for ``conv2d``; a tuple of integers stands for an array of that shape and of ``input_dtype``. Or ``x`` alone,
-        as a problem line such as ``"n8c3h224w224_o64kh7kw7_s2p3_f32"``.
+        as a problem line such as ``"n8c3h224w224_o64kh7kw7_s2p3_f32"``. Of a dask array, one of the
+        largest blocks is explained.
     bias : array_like or bool, optional
         As for ``conv2d``; True stands for a bias that is not at hand.
     input_dtype : dtype, default "float32"
@@ -199,7 +201,7 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
     (8, 64, 112, 112)
     """
     call = "explain"
-    home = None
+    home = blocks = None
     if isinstance(x, str):
         given = {
             "k": k, "bias": bias, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups,
@@ -215,8 +217,9 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
     else:
         if k is None:
             raise TypeError(f"{call}: k is missing; pass both x and k, or one problem line")
-        x_shape, x_dtype, home = _described(call, "x", x, input_dtype)
-        k_shape, k_dtype, _ = _described(call, "k", k, input_dtype)
+        lazy = arrays.is_dask(x) and op in ("forward", "transpose")
+        x_shape, x_dtype, home = _described(call, "x", x, input_dtype, lazy)
+        k_shape, k_dtype, _ = _described(call, "k", k, input_dtype, lazy)
         zero_points = request.as_zero_points(call, k_zero_point)
         has_bias = bias is not None and bias is not False
         _check_op(call, op, locals())
@@ -237,7 +240,13 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
         if _is_shape(bias):
             bias = np.broadcast_to(np.zeros((), dtypes.numpy_dtype("float32" if "float" in x_dtype else "int8")), bias)
         if bias is not None and not isinstance(bias, bool):
-            request.check_bias(call, request.as_bias(call, bias), problem)
+            request.check_bias(call, _bias(call, bias, lazy), problem)
+    whole = problem
+    if not isinstance(x, str) and lazy:
+        from gpuconv import blocked
+
+        rank = len(request.image_shape(problem, problem.result_shape, len(x_shape), len(k_shape)))
+        problem, blocks = blocked.typical(problem, x, rank)
     limit = request.workspace(call, workspace_limit)
     kind, _ = dispatch.parse_device(call, device)
     dispatch.check_backend(call, backend)
@@ -264,24 +273,27 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
         why = rules.get(able[0], "first in the table that can run" if able[0] == names[0] else "the first that can")
         note += f"On a GPU machine {able[0]} would run ({why})."
         if policy == "error":
+            note = _joined(blocks, note)
             return Explanation(problem, target, None, None, _table(problem, target, backend, limit, None), note)
     else:
         target = dispatch.resolve(call, device, backend, home)
         if target.device == "cpu" and any(isinstance(a, np.ndarray) and not a.dtype.isnative for a in (x, k)):
             target = replace(target, swapped=True)
-        if not _is_shape(k) and k is not None:
-            target, _ = request.told_by_values(problem, target, backend, arrays.operand(call, "k", k))
+        if not (_is_shape(k) or k is None or arrays.is_dask(k)):
+            kernel = arrays.operand(call, "k", k)
+            target, _ = request.told_by_values(problem, target, backend, kernel, whole=whole)
     try:
         choice = dispatch.choose(call, problem, target, backend, limit)
     except (NoBackendError, MemoryError) as error:
-        return Explanation(problem, target, None, None, _table(problem, target, backend, limit, None), str(error))
+        note = _joined(blocks, str(error))
+        return Explanation(problem, target, None, None, _table(problem, target, backend, limit, None), note)
     table = _table(problem, target, backend, limit, choice)
     pieces = request.pieces_of(problem, home, choice, target, limit)
     if pieces is not None:
         from gpuconv import streaming
 
         note = streaming.described(pieces)
-    return Explanation(problem, target, choice.name, choice.plan, table, note)
+    return Explanation(problem, target, choice.name, choice.plan, table, _joined(blocks, note))
 
 
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(explain).parameters.items()}
@@ -319,12 +331,33 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(n, integers) and not isinstance(n, bool) for n in value)
 
 
-def _described(call: str, name: str, value: Any, input_dtype: Any) -> tuple[tuple[int, ...], str, int | None]:
+def _joined(*notes: str | None) -> str | None:
+    """The notes that there are, one after the other."""
+    return "\n".join(note for note in notes if note) or None
+
+
+def _bias(call: str, bias: Any, lazy: bool) -> arrays.Operand:
+    """A bias to check; a dask array beside a dask array only."""
+    if lazy and arrays.is_dask(bias):
+        from gpuconv import blocked
+
+        return blocked.stand_in(call, "bias", bias)
+    return request.as_bias(call, bias)
+
+
+def _described(
+    call: str, name: str, value: Any, input_dtype: Any, lazy: bool
+) -> tuple[tuple[int, ...], str, int | None]:
     """Shape, dtype and GPU of an argument that may be a shape."""
     if _is_shape(value):
         if any(extent < 0 for extent in value):
             raise ValueError(f"{call}: {name} has a negative extent, {value}")
         return tuple(map(int, value)), dtypes.name_of(call, "input_dtype is", input_dtype), None
+    if lazy and arrays.is_dask(value):
+        from gpuconv import blocked
+
+        operand = blocked.stand_in(call, name, value)
+        return operand.shape, operand.dtype, arrays.operand(call, name, value._meta).device
     operand = arrays.operand(call, name, value)
     return operand.shape, operand.dtype, operand.device
 

@@ -46,7 +46,7 @@ def conv1d(
     Parameters
     ----------
     x : array_like
-        (L,), (C, L) or (N, C, L); with ``layout="NLC"`` (L, C) or (N, L, C).
+        (L,), (C, L) or (N, C, L); with ``layout="NLC"`` (L, C) or (N, L, C). A dask array gives one, as for ``conv2d``.
     k : array_like
         (K,) for a one-dimensional x, else (O, C // groups, K), in ``kernel_layout``'s order.
     bias : array_like of shape (O,), optional
@@ -89,7 +89,13 @@ backend, workspace_limit, stream
     check_choice(call, "layout", layout, tuple(_LAYOUTS))
     check_choice(call, "kernel_layout", kernel_layout, tuple(_KERNEL_LAYOUTS))
     groups = geometry.as_integer(call, "groups", groups, 1, 2**63)
-    signal, kernel = arrays.operand(call, "x", x), arrays.operand(call, "k", k)
+    offset = bias
+    if lazy := arrays.is_dask(x):
+        from gpuconv import blocked
+
+        signal, kernel, offset = blocked.stand_ins(call, x, k, bias)
+    else:
+        signal, kernel = arrays.operand(call, "x", x), arrays.operand(call, "k", k)
     image_layout, layout_2d = _LAYOUTS[layout], _KERNEL_LAYOUTS[kernel_layout]
     L, K = _check_shapes(call, signal.shape, kernel.shape, image_layout, layout_2d, groups)
     strides = 1, _as_one(call, "stride", stride)
@@ -110,12 +116,16 @@ backend, workspace_limit, stream
     if len(kernel.shape) == 3:
         row = {"OIHW": row, "HWIO": (None, ...), "OHWI": (slice(None), None, ...)}[layout_2d]
     asked = request.forward(
-        call, replace(signal, array=lift(signal.array)), replace(kernel, array=kernel.array[row]), bias, strides,
+        call, replace(signal, array=lift(signal.array)), replace(kernel, array=kernel.array[row]), offset, strides,
         ((0, 0), pads), dilations, groups, padding_mode, padding_value, flip, image_layout, layout_2d, activation,
         x_zero_point, k_zero_point, dtype, precision,
     )  # fmt: skip
     # The row's axis is the last but one, or before the channels in NLC.
     axis = len(asked.shape) - (3 if layout == "NLC" and len(asked.shape) > 2 else 2)
+    if lazy:
+        weights = k[row] if arrays.is_dask(k) else k
+        y = blocked.compute(call, asked, lift(x), weights, bias, out, device, backend, workspace_limit, stream)
+        return y[(slice(None),) * axis + (0,)]
     asked = replace(asked, shape=asked.shape[:axis] + asked.shape[axis + 1 :], lift=lift)
     return request.compute(call, asked, out, device, backend, workspace_limit, stream)
 

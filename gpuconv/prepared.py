@@ -14,6 +14,7 @@ import numpy as np
 from gpuconv import arrays, dtypes, geometry, quick, request
 from gpuconv.arrays import Operand
 from gpuconv.dispatch import Choice
+from gpuconv.geometry import Pads, Pair
 from gpuconv.problem import Conv2dProblem
 
 _PROBLEMS = 64  # input sizes that one Conv2d remembers
@@ -42,8 +43,9 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
 
     Notes
     -----
-    One object may be called from several threads at once, with images of any size, dtype and device. It can be
-    pickled. ``gpuconv.clear()`` releases what was packed and uploaded; the next call makes it again.
+    One object may be called from several threads at once, with images of any size, dtype and device; on a dask array
+    it gives one, as ``conv2d`` does. It can be pickled. ``gpuconv.clear()`` releases what was packed and uploaded; the
+    next call makes it again.
 
     Examples
     --------
@@ -89,7 +91,7 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
             "kernel_layout": kernel_layout, "activation": activation, "x_zero_point": _frozen(x_zero_point),
             "dtype": dtype, "precision": precision,
         }  # fmt: skip
-        self._where = {"device": device, "backend": backend, "workspace_limit": workspace_limit}
+        self._where: dict[str, Any] = {"device": device, "backend": backend, "workspace_limit": workspace_limit}
         request.workspace(call, workspace_limit)
         request.check_where(call, device, backend)
         self._line = self._check(call)
@@ -112,6 +114,12 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
                     return ready(x, self._kernel.array, None if self._bias is None else self._bias.array)
                 except MemoryError:  # the long way knows what takes less
                     key = None
+        if arrays.is_dask(x):
+            from gpuconv import blocked
+
+            image = blocked.stand_in(call, "x", x)
+            asked = request.of_operands(call, image, self._kernel, self._bias, self._zero_points, **self._options)
+            return blocked.compute(call, asked, x, out=out, stream=stream, layer=self, **self._where)
         image = arrays.operand(call, "x", x)
         problem, shape = self._problem(call, image)
         points = self._zero_points if problem.k_zero_point else None
@@ -130,6 +138,15 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
         return request.compute(
             call, asked, out, where["device"], where["backend"], where["workspace_limit"], stream, self, done
         )
+
+    def on_window(self, call: str, x: Any, stride: Pair, padding: Pads, dilation: Pair) -> Any:
+        """Convolve a window of a larger image, which has steps and borders of its own, for the public ``call``."""
+        options = self._options | {"stride": stride, "padding": padding, "dilation": dilation}
+        image = arrays.operand(call, "x", x)
+        asked = request.of_operands(call, image, self._kernel, self._bias, self._zero_points, **options)
+        # What is packed is for the steps of the whole image.
+        own = tuple(geometry.as_pair(call, name, self._options[name], 1) for name in ("stride", "dilation"))
+        return request.compute(call, asked, keeper=self if own == (stride, dilation) else None, **self._where)
 
     def __repr__(self) -> str:
         return f"Conv2d({self._line})"

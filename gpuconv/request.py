@@ -216,10 +216,15 @@ _LOOKED_THROUGH = 1 << 16
 
 
 def told_by_values(
-    problem: Conv2dProblem, target: Target, backend: str | None, kernel: Operand | None, keeper: Keeper | None = None
+    problem: Conv2dProblem,
+    target: Target,
+    backend: str | None,
+    kernel: Operand | None,
+    keeper: Keeper | None = None,
+    whole: Conv2dProblem | None = None,
 ) -> tuple[Target, bool]:
     """``target`` with what the values of ``kernel`` tell, and whether they were asked: where that may decide what runs
-    and no GPU holds them.
+    and no GPU holds them. ``problem`` may be of a part of the channels of ``whole``, whose kernel it is.
     """
     if kernel is None or kernel.device is not None:
         return target, False
@@ -229,7 +234,7 @@ def told_by_values(
         return replace(target, **{fact: made() if keeper is None else keeper.kept(fact, made, None)}), True
 
     if dispatch.values_matter(problem, target, backend):
-        return tell("separable", lambda: separability.factors(view(problem, 1, array)) is not None)
+        return tell("separable", lambda: separability.factors(view(whole or problem, 1, array)) is not None)
     if 0 < array.size <= _LOOKED_THROUGH and dispatch.digits_matter(problem, target, backend):
         return tell("k_digits", lambda: max(abs(int(array.min())), abs(int(array.max()))).bit_length())
     return target, False

@@ -37,7 +37,8 @@ def conv_transpose2d(
     Parameters
     ----------
     x : array_like
-        (H, W), (C, H, W) or (N, C, H, W); with ``layout="NHWC"`` (H, W, C) or (N, H, W, C).
+        (H, W), (C, H, W) or (N, C, H, W); with ``layout="NHWC"`` (H, W, C) or (N, H, W, C). A dask array gives one, as
+        for ``conv2d``, without blocks of groups.
     k : array_like
         (KH, KW) for a two-dimensional x, else (C, O // groups, KH, KW), as PyTorch has it.
     bias : array_like of shape (O,), optional
@@ -79,8 +80,13 @@ def conv_transpose2d(
     array([[  1.,  10., 102.,  20., 200.]])
     """
     call = "conv_transpose2d"
-    image, kernel = arrays.operand(call, "x", x), arrays.operand(call, "k", k)
-    offset = None if bias is None else request.as_bias(call, bias)
+    if lazy := arrays.is_dask(x):
+        from gpuconv import blocked
+
+        image, kernel, offset = blocked.stand_ins(call, x, k, bias)
+    else:
+        image, kernel = arrays.operand(call, "x", x), arrays.operand(call, "k", k)
+        offset = None if bias is None else request.as_bias(call, bias)
     problem = problem_of(
         call, image.shape, kernel.shape, image.dtype, kernel.dtype, offset is not None, stride, padding, output_padding,
         groups, dilation, layout, activation, dtype, precision,
@@ -89,6 +95,8 @@ def conv_transpose2d(
         request.check_bias(call, offset, problem)
     shape = request.image_shape(problem, problem.x_shape, len(image.shape), len(kernel.shape))
     asked = request.Request(problem, shape, image, kernel, offset)
+    if lazy:
+        return blocked.compute(call, asked, x, k, bias, out, device, backend, workspace_limit, stream)
     return request.compute(call, asked, out, device, backend, workspace_limit, stream)
 
 

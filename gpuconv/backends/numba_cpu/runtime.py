@@ -7,11 +7,12 @@ parallel function, so that each of them compiles as plain serial code.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -80,6 +81,20 @@ def thread_count() -> int:
     if limit:
         count = min(count, as_integer("GPUCONV_NUM_THREADS", "its value", _number(limit), 1, None))
     return count
+
+
+@contextlib.contextmanager
+def share_of_threads(callers: int) -> Iterator[None]:
+    """Let this Python thread use a share of the threads, as one of up to ``callers`` that call at once."""
+    if _threads["lost"]:
+        yield
+        return
+    before = numba.get_num_threads()
+    numba.set_num_threads(max(1, before // callers))  # of this Python thread alone
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
 
 
 def _number(text: str) -> int | str:
