@@ -201,13 +201,28 @@ class Emitter:
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
 
     def transposed(self, vectors: list[Value]) -> list[Value]:
-        """A square of vectors, transposed: as many perfect shuffles as its side has binary digits."""
+        """A square of vectors, transposed: one stage for each binary digit of its side, each for pairs of vectors that
+        differ in that digit. Shuffles within and of 128 bits run twice as fast as those of single elements across them.
+        """
         n = self.lanes.count
-        low = [lane // 2 + n * (lane % 2) for lane in range(n)]
-        high = [n // 2 + lane // 2 + n * (lane % 2) for lane in range(n)]
-        for _ in range(n.bit_length() - 1):
-            pairs = zip(vectors[: n // 2], vectors[n // 2 :], strict=True)
-            vectors = [self.shuffle(a, b, order) for a, b in pairs for order in (low, high)]
+        inner = min(n, 16 // self.lanes.size)
+        stages = []
+        bit = inner // 2
+        while bit:  # the elements of each 128 bits of a and of b, in turn
+            low = [i - i % inner + i % inner // 2 + n * (i % 2) for i in range(n)]
+            stages.append((bit, low, [i + inner // 2 for i in low]))
+            bit //= 2
+        bit = inner
+        while bit < n:  # every other 128 bits, of a and then of b
+            even = [2 * i - i % inner for i in range(n)]
+            stages.append((bit, even, [i + inner for i in even]))
+            bit *= 2
+        vectors = list(vectors)
+        for bit, first, second in stages:
+            for i in range(n):
+                if not i & bit:
+                    a, b = vectors[i], vectors[i | bit]
+                    vectors[i], vectors[i | bit] = self.shuffle(a, b, first), self.shuffle(a, b, second)
         return vectors
 
     # ---- control
