@@ -118,6 +118,23 @@ class Emitter:
         value = self.builder.call(load, [source, I32(SIZE[stored]), mask, zero])
         return self.widened(self.builder.bitcast(value, ir.VectorType(STORED[stored], self.lanes.count)), stored)
 
+    def load_even(self, pointer: Value, stored: str | None = None) -> Value:
+        """Every second element from ``pointer`` on. The second half is read from one element earlier, so as not to end
+        beyond the last one needed.
+        """
+        n = self.lanes.count
+        order = [2 * lane if lane < n // 2 else n + 1 + 2 * (lane - n // 2) for lane in range(n)]
+        first, second = self.load(pointer, stored), self.load(self.at(pointer, n - 1), stored)
+        return self.shuffle(first, second, order if n > 1 else [0])
+
+    def masked_load_even(self, pointer: Value, count: Value, stored: str | None = None) -> Value:
+        """The first ``count`` of every second element from ``pointer`` on; nothing after the last of them is read."""
+        n, builder = self.lanes.count, self.builder
+        spanned = builder.sub(builder.mul(count, I64(2)), I64(1))
+        first = self.masked_load(pointer, self.mask(spanned), stored)
+        second = self.masked_load(self.at(pointer, n), self.mask(builder.sub(spanned, I64(n))), stored)
+        return self.shuffle(first, second, [2 * lane for lane in range(n)])
+
     def masked_store(self, value: Value, pointer: Value, mask: Value, stored: str | None = None) -> None:
         """Write the lanes that ``mask`` has; no other memory is touched."""
         stored = stored or self.lanes.dtype
