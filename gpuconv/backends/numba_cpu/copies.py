@@ -90,24 +90,16 @@ def _narrow(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> 
 
 
 def _widen2(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> None:
-    """Every second element. The second load begins one element early, so as not to end beyond the last one needed."""
-    builder, n = e.builder, e.lanes.count
-    early = [2 * lane if lane < n // 2 else n + 1 + 2 * (lane - n // 2) for lane in range(n)]
-    if n == 1:
-        early = [0]
+    """Every second element."""
+    builder = e.builder
 
-    def body(i: Value) -> None:
-        at = builder.mul(i, I64(2))
-        first, second = e.load(e.at(source, at), stored), e.load(e.at(source, at, n - 1), stored)
-        e.store(e.shuffle(first, second, early), e.at(to, i))
+    def place(i: Value) -> Value:
+        return e.at(source, builder.mul(i, I64(2)))
 
-    i = e.loop(0, count, n, body)
+    i = e.loop(0, count, e.lanes.count, lambda i: e.store(e.load_even(place(i), stored), e.at(to, i)))
     rest = builder.sub(count, i)
     with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
-        at, left = builder.mul(i, I64(2)), builder.sub(builder.mul(rest, I64(2)), I64(1))
-        first = e.masked_load(e.at(source, at), e.mask(left), stored)
-        second = e.masked_load(e.at(source, at, n), e.mask(builder.sub(left, I64(n))), stored)
-        e.masked_store(e.shuffle(first, second, [2 * lane for lane in range(n)]), e.at(to, i), e.mask(rest))
+        e.masked_store(e.masked_load_even(place(i), rest, stored), e.at(to, i), e.mask(rest))
 
 
 def _fill(e: Emitter, to: Value, value_at: Value, count: Value) -> None:

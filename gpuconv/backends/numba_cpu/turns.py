@@ -26,18 +26,22 @@ class Turns(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def turned(lanes: Lanes) -> Any:
-    """A function of (to, source, ld_to, ld, present, count): to[k·ld_to + i] = source[i·ld + k] for i < present ≤ lanes
-    and k < count.
+def turned(lanes: Lanes, step: int = 1) -> Any:
+    """A function of (to, source, ld_to, ld, present, count): to[k·ld_to + i] = source[i·ld + k·step] for i < present ≤
+    lanes and k < count; ``step`` is 1 or 2.
     """
-    return routine(f"turn_{lanes}", lanes, "eeiiii", _turned)
+    return routine(f"turn{step}_{lanes}", lanes, "eeiiii", functools.partial(_turned, step=step))
 
 
-def _turned(e: Emitter, to: Value, source: Value, ld_to: Value, ld: Value, present: Value, count: Value) -> None:
+def _turned(e: Emitter, to: Value, source: Value, ld_to: Value, ld: Value, present: Value, count: Value,
+            step: int) -> None:  # fmt: skip
     builder, n = e.builder, e.lanes.count
 
+    def place(i: int, k: Value) -> Value:
+        return e.at(source, e.times(ld, i), builder.mul(k, e.i64(step)))
+
     def square(k: Value) -> None:
-        lines = [e.load(e.at(source, e.times(ld, i), k)) for i in range(n)]
+        lines = [e.load(place(i, k)) if step == 1 else e.load_even(place(i, k)) for i in range(n)]
         for u, column in enumerate(e.transposed(lines)):
             e.store(column, e.at(to, builder.mul(builder.add(k, e.i64(u)), ld_to)))
 
@@ -46,7 +50,10 @@ def _turned(e: Emitter, to: Value, source: Value, ld_to: Value, ld: Value, prese
         lines = []
         for i in range(n):
             exists = builder.select(builder.icmp_signed("<", e.i64(i), present), left, e.i64(0))
-            lines.append(e.masked_load(e.at(source, e.times(ld, i), k), e.mask(exists)))
+            if step == 1:
+                lines.append(e.masked_load(place(i, k), e.mask(exists)))
+            else:
+                lines.append(e.masked_load_even(place(i, k), exists))
         for u, column in enumerate(e.transposed(lines)):
             with builder.if_then(builder.icmp_signed("<", e.i64(u), left)):
                 e.masked_store(column, e.at(to, builder.mul(builder.add(k, e.i64(u)), ld_to)), there)
@@ -60,7 +67,7 @@ def _turned(e: Emitter, to: Value, source: Value, ld_to: Value, ld: Value, prese
 def turns(lanes: Lanes, stored: str) -> Turns:
     """Between memory of ``stored`` with any steps and vectors of ``lanes``, which have channels side by side."""
     size, width, direct = lanes.size, lanes.count, stored == lanes.dtype
-    turn = turned(lanes)
+    turn, turn_even = turned(lanes), turned(lanes, 2)
     read, write, _ = rows(lanes, stored)
     stored_size = SIZE[stored]
 
@@ -70,6 +77,9 @@ def turns(lanes: Lanes, stored: str) -> Turns:
             present, plane = min(width, channels - c), source + c * step_c
             if direct and step_q == stored_size and step_c % size == 0:
                 turn((to + size * c, plane, ld, step_c // size, present, pixels))
+                continue
+            if direct and step_q == 2 * stored_size and step_c % size == 0:
+                turn_even((to + size * c, plane, ld, step_c // size, present, pixels))
                 continue
             for q in range(0, pixels, _RUN):
                 count = min(_RUN, pixels - q)
