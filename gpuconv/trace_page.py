@@ -71,6 +71,15 @@ def unreadable(trace: Trace) -> str | None:
     return None
 
 
+def typical_height(trace: Trace) -> int:
+    """About how many pixels the embedded page is high, some 900 of them wide; a frame cannot ask what it holds."""
+    channels, (height, _) = math.prod(trace.x.shape[:-2]), _padded(trace)
+    cell = max(24, min(46, 620 // (channels * height)))
+    figure = channels * (height * cell + 45)
+    work = channels * max(27 * trace.k.shape[-2] + 40, 49 * trace.k.shape[-2])
+    return min(figure + work + 370, 1000)
+
+
 def _part(name: str) -> str:
     return resources.files("gpuconv").joinpath("data", name).read_text(encoding="utf-8")
 

@@ -20,6 +20,7 @@ WINDOW_LIMIT = 10_000
 PRODUCT_LIMIT = 1_000_000
 
 _CALL = "trace"
+_NOTEBOOK_ROWS = 40
 _X_FORMS = {2: "two axes, (H, W)", 3: "three, (C, H, W)"}
 _PLANE_FORMS = {2: "two axes, (KH, KW)"}
 _FILTER_FORMS = {3: "three axes, (C, KH, KW)", 4: "four, (1, C, KH, KW)"}
@@ -157,7 +158,7 @@ class Trace:
 
     def __str__(self) -> str:
         """A line on the convolution, and the table of its steps."""
-        rows = self._channel_rows() if self.k.ndim == 3 else self._patch_rows()
+        rows = self._rows()
         widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
         table = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
         table.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
@@ -193,9 +194,22 @@ class Trace:
         return trace_page.page(self)
 
     def _repr_html_(self) -> str:
-        from gpuconv import trace_page
+        """The page inside a notebook, and the table for where it cannot run; of a large trace the table alone."""
+        from gpuconv import notebook, trace_page
 
-        return trace_page.fragment(self)
+        head, *rows = self._rows()
+        steps = notebook.table(head, rows[:_NOTEBOOK_ROWS])
+        if len(rows) > _NOTEBOOK_ROWS:
+            steps += notebook.paragraph(f"… and {len(rows) - _NOTEBOOK_ROWS} more")
+        if trace_page.unreadable(self) is not None:
+            return notebook.block(notebook.paragraph(self.caption), steps)
+        document = trace_page.page(self, embedded=True)
+        framed = notebook.page(document, self.caption, trace_page.typical_height(self))
+        return notebook.block(framed, notebook.folded("The steps as a table", steps))
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """The table: its head, and a row per step."""
+        return self._channel_rows() if self.k.ndim == 3 else self._patch_rows()
 
     def _patch_rows(self) -> list[tuple[str, ...]]:
         """The table for one channel: what the columns with weights cover, and the sum."""
