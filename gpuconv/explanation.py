@@ -117,7 +117,7 @@ class Explanation:
         chosen = next((at for at, verdict in enumerate(self.table) if verdict.chosen), None)
         parts = [
             notebook.fields(self._fields()),
-            notebook.table(("implementations, best first", "device", ""), rows, strong=chosen),
+            notebook.table(("implementations, best first", "device", "why"), rows, strong=chosen),
         ]
         return notebook.block(*parts, *([notebook.paragraph(self.note)] if self.note else []))
 

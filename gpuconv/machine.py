@@ -39,7 +39,7 @@ class Info:
         return notebook.block(
             notebook.paragraph(_programs()),
             notebook.fields(self._fields()),
-            notebook.table(("implementations, best first per device", "device", ""), self._states()),
+            notebook.table(("implementations, best first per device", "device", "state"), self._states()),
             notebook.folded("Packages", notebook.fields(self.versions.items())),
         )
 

@@ -73,11 +73,11 @@ def unreadable(trace: Trace) -> str | None:
 
 def typical_height(trace: Trace) -> int:
     """About how many pixels the embedded page is high, some 900 of them wide; a frame cannot ask what it holds."""
-    channels, (height, _) = math.prod(trace.x.shape[:-2]), _padded(trace)
-    cell = max(24, min(46, 620 // (channels * height)))
-    figure = channels * (height * cell + 45)
-    work = channels * max(27 * trace.k.shape[-2] + 40, 49 * trace.k.shape[-2])
-    return min(figure + work + 370, 1000)
+    channels = math.prod(trace.x.shape[:-2])
+    rows, taps = _padded(trace)[0], trace.k.shape[-2]
+    cell = max(24, min(46, 620 // (channels * rows)))  # as the script has it
+    figure, sums = channels * (rows * cell + 45), channels * max(27 * taps + 40, 49 * taps)
+    return int(min(figure + sums + 370, 1000))
 
 
 def _part(name: str) -> str:

@@ -130,28 +130,26 @@ def _numbers(option: str, text: str) -> Array:
 
 def _rows(option: str, text: str) -> Array:
     """``1 2; 3 4 | 5 6; 7 8``: blanks or commas between numbers, ; between rows, | between channels."""
-    channels = []
-    for channel in text.split("|"):
-        rows = []
-        for row in channel.strip().strip(";").split(";"):
-            values = []
-            for word in row.replace(",", " ").split():
-                value = _number(word)
-                if value is None:
-                    raise ValueError(f"{option}: {word[:40]!r} is not a number")
-                values.append(value)
-            rows.append(values)
-            if len(values) != len(rows[0]) or not values:
-                raise ValueError(
-                    f"{option}: row {len(rows)} has {len(values)} numbers where the first has {len(rows[0])}"
-                )
-        channels.append(rows)
-        if len(rows) != len(channels[0]) or len(rows[0]) != len(channels[0][0]):
-            sizes = [f"{len(rows)}×{len(rows[0])}" for rows in (channels[-1], channels[0])]
-            raise ValueError(
-                f"{option}: channel {len(channels) - 1} has {sizes[0]} numbers where the first has {sizes[1]}"
-            )
-    return np.array(channels if len(channels) > 1 else channels[0])
+    channels = [[_row(option, row) for row in channel.strip(" ;").split(";")] for channel in text.split("|")]
+    first = channels[0]
+    for c, rows in enumerate(channels):
+        if len(rows) != len(first):
+            raise ValueError(f"{option}: channel {c} has {len(rows)} rows where the first has {len(first)}")
+        for r, row in enumerate(rows):
+            if len(row) != len(first[0]):
+                place = f"row {r}" if len(channels) == 1 else f"row {r} of channel {c}"
+                raise ValueError(f"{option}: {place} has {len(row)} numbers where the first has {len(first[0])}")
+    return np.array(channels if len(channels) > 1 else first)
+
+
+def _row(option: str, text: str) -> list[int | float | complex]:
+    values = []
+    for word in text.replace(",", " ").split():
+        value = _number(word)
+        if value is None:
+            raise ValueError(f"{option}: {word[:40]!r} is not a number")
+        values.append(value)
+    return values
 
 
 def _number(word: str) -> int | float | complex | None:
