@@ -123,7 +123,6 @@ def _data(trace: Trace) -> dict[str, Any]:
         "stride": trace.stride,
         "dilation": trace.dilation,
         "channels": len(inputs),
-        "continued": trace.padding_mode != "constant",
         "padding": (rows[:, None] | columns).ravel().astype(int).tolist(),
         "input": _texts(inputs),
         "inputTint": _shades(inputs),
@@ -135,15 +134,12 @@ def _data(trace: Trace) -> dict[str, Any]:
 
 
 def _step(step: Step) -> dict[str, Any]:
-    total, calculation = _number(step.sum), _worded(step.calculation)
     return {
         "products": _texts(_flat(step.products)),
         "running": _texts(_flat(step.running)),
         "channels": _texts(step.channel_sums),
-        "sum": total,
-        "calculation": calculation,
-        # A longer sum is not listened to.
-        "said": f"{calculation} = {total}" if len(calculation) <= 400 else total,
+        "sum": _number(step.sum),
+        "calculation": _worded(step.calculation),
     }
 
 

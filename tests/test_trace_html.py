@@ -146,24 +146,34 @@ def test_the_example_by_keys_and_buttons(look):
     assert text(driver, "#position") == "Position (0, 2)"
 
 
+STEP = """
+const frame = (board) => {
+  const ours = board.querySelector(".frame").getBoundingClientRect();
+  const taps = [...board.querySelectorAll(".tap")].map((td) => td.getBoundingClientRect());
+  const corner = (side, choose) => choose(...taps.map((tap) => tap[side])) - ours[side];
+  return [corner("left", Math.min), corner("top", Math.min), corner("right", Math.max), corner("bottom", Math.max)];
+};
+return {
+  taps: boards(".tap"), frames: [...document.querySelectorAll(".input")].map(frame),
+  patch: texts(".matrices > figure:not(.term) td"), product: texts(".matrices .term:last-child td"),
+  totals: texts("#ledger .total"), partial: texts(".partial b"), sum: texts("#sum b")[0],
+  now: texts(".result td.now")[0],
+};
+"""
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_step_shows_what_the_trace_holds(look, name):
     trace = CASES[name]
-    driver = look(trace.to_html())
+    driver = look(trace.to_html(), reduced_motion="reduce")  # or the frame would still be on its way
     ours = [0, *rng.integers(len(trace), size=5).tolist(), len(trace) - 1] if name == "large" else range(len(trace))
     for at in ours:
         to_step(driver, at)
         step = trace.steps[at]
-        shown = read(
-            driver,
-            """return {
-            taps: boards(".tap"), patch: texts(".matrices > figure:not(.term) td"), now: texts(".result td.now")[0],
-            product: texts(".matrices .term:last-child td"), totals: texts("#ledger .total"),
-            partial: texts(".partial b"), sum: texts("#sum b")[0],
-        }""",
-        )
+        shown = read(driver, STEP)
         channels = 1 if trace.x.ndim == 2 else len(trace.x)
         assert shown["taps"] == [window(trace, *step.position)] * channels
+        assert np.abs(shown["frames"]).max() <= 1.5, "the frame stands around its pixels"
         assert shown["patch"] == [written(value) for value in step.patch.ravel().tolist()]
         assert shown["product"] == [written(value) for value in step.products.ravel().tolist()]
         assert shown["totals"] == [written(value) for value in step.running.ravel().tolist()]
@@ -171,6 +181,18 @@ def test_every_step_shows_what_the_trace_holds(look, name):
         assert shown["now"] == shown["sum"] == shown["totals"][-1] == written(step.sum)
     padded = np.pad(np.zeros(trace.x.shape[-2:], int), trace.padding, constant_values=1)
     assert read(driver, "return boards('.pad')")[0] == np.argwhere(padded).tolist()
+
+
+FIELDS = """return [...document.querySelectorAll(".result td")].map((td) => {
+  td.dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
+  return boards(".peek");
+});"""
+
+# The other way round: the outputs that read a pixel.
+READERS = """return [...document.querySelector(".input").querySelectorAll("td")].map((td) => {
+  td.dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
+  return [place(td), [...document.querySelectorAll(".result .peek")].map(place)];
+});"""
 
 
 @pytest.mark.parametrize(
@@ -187,15 +209,11 @@ def test_pointing_at_an_output_marks_what_it_reads(look, name):
     for at in (len(trace) - 1, len(trace) // 2):
         ActionChains(driver).move_to_element(cells[at]).perform()
         assert read(driver, "return boards('.peek')") == [window(trace, *trace.steps[at].position)] * channels
-    fields = read(
-        driver,
-        """return [...document.querySelectorAll(".result td")].map((td) => {
-        td.dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
-        return boards(".peek");
-    })""",
-    )
+    fields = read(driver, FIELDS)
     assert fields == [[window(trace, *step.position)] * channels for step in trace]
     assert text(driver, "#count").startswith("1 /"), "pointing does not move"
+    for pixel, outputs in read(driver, READERS):
+        assert outputs == [list(step.position) for step in trace if pixel in window(trace, *step.position)]
     ActionChains(driver).move_to_element(driver.find_element("css selector", "#caption")).perform()
     assert read(driver, "return boards('.peek')") == [[]] * channels
 

@@ -10,6 +10,7 @@
   const LETTERS = Math.min(16, BASE * 0.42); // size of the numbers where there is room
   const SMALLEST = 7; // below this size of letters there are none, and the shading must do
   const PACE = 1000; // milliseconds per step at speed 1
+  const WORDY = 400; // a longer sum is neither listened to nor read
 
   const get = (id) => document.getElementById(id);
   const make = (tag, className = "", text = "") => {
@@ -207,14 +208,14 @@
 
     get("position").textContent = `Position (${i}, ${j})`;
     formula(i, j, step);
-    const said = `Row ${i}, column ${j}: ${step.said}`;
+    const sum = step.calculation.length > WORDY ? step.sum : `${step.calculation} = ${step.sum}`;
     const scrub = get("scrub");
     scrub.value = now;
     scrub.setAttribute("aria-valuetext", `Step ${now + 1} of ${steps.length}, row ${i}, column ${j}`);
     get("count").textContent = `${now + 1} / ${steps.length}`;
     get("first").disabled = get("back").disabled = now === 0;
     get("last").disabled = get("forward").disabled = now === steps.length - 1;
-    if (announce) get("live").textContent = said; // not while it plays: nobody can listen that fast
+    if (announce) get("live").textContent = `Row ${i}, column ${j}: ${sum}`; // not while it plays: nobody can listen that fast
   }
 
   // y[0,1] = Σ x[0 + p, 1 + q]·k[p,q] = … with the numbers of this step.
@@ -232,26 +233,36 @@
     line.replaceChildren(
       ...slanted(`y[${i}, ${j}] = Σ`), sub,
       ...slanted(` x[${c}${index(i, 0, "p")}, ${index(j, 1, "q")}] · k[${c}p, q] = `),
-      ...(step.said === step.sum ? [] : [`${step.calculation} = `]), make("b", "", step.sum),
+      ...(step.calculation.length > WORDY ? [] : [`${step.calculation} = `]), make("b", "", step.sum),
     );
   }
 
-  function peek(at) {
+  function mark(cells, said) {
     for (const td of peeked) td.classList.remove("peek");
-    peeked = [];
-    const hint = get("hint");
-    hint.textContent = "Point at an output to see what it reads.";
-    if (at === null) return;
-    const places = field(at);
-    for (const input of inputs) for (const place of places) peeked.push(input.cells[place]);
+    peeked = cells;
     for (const td of peeked) td.classList.add("peek");
+    get("hint").textContent = said;
+  }
+  const many = (n, noun) => (n === 1 ? noun : `${noun}s`);
+  const rest = () => mark([], "Point at an output to see what it reads, at a pixel to see what reads it.");
+
+  function peek(at) {
+    const places = field(at);
     const spread = (first, n, d) => (d === 1 && n > 1
       ? `${first}–${first + n - 1}` : range(n).map((k) => first + k * d).join(", ")).replace(/-/g, "−");
     const [i, j] = [Math.floor(at / OW), at % OW];
-    const many = (n, noun) => (n === 1 ? noun : `${noun}s`);
-    hint.textContent = `Output (${i}, ${j}) reads ${many(KH, "row")} ` +
-      `${spread(i * stride[0] - before[0], KH, dilation[0])}, ${many(KW, "column")} ` +
-      `${spread(j * stride[1] - before[1], KW, dilation[1])}` + (data.continued ? " of the padded input." : ".");
+    const rows = `${many(KH, "row")} ${spread(i * stride[0] - before[0], KH, dilation[0])}`;
+    const columns = `${many(KW, "column")} ${spread(j * stride[1] - before[1], KW, dilation[1])}`;
+    mark(inputs.flatMap((input) => places.map((place) => input.cells[place])),
+      `Output (${i}, ${j}) reads ${rows}, ${columns}.`);
+  }
+
+  function readers(place) {
+    const outputs = range(steps.length).filter((at) => field(at).includes(place));
+    const row = Math.floor(place / padded[1]) - before[0];
+    const name = `(${row}, ${(place % padded[1]) - before[1]})`.replace(/-/g, "−");
+    const count = outputs.length === 0 ? "no output" : `${outputs.length} ${many(outputs.length, "output")}`;
+    mark(outputs.map((at) => result.cells[at]), `Pixel ${name} is read by ${count}.`);
   }
 
   // Playing
@@ -333,12 +344,18 @@
     const td = event.target.closest?.("td[data-at]");
     return td ? Number(td.dataset.at) : null;
   };
-  result.table.addEventListener("pointerover", (event) => peek(outputAt(event)));
-  result.table.addEventListener("pointerleave", () => peek(null));
-  result.table.addEventListener("focusin", (event) => {
-    if (event.target.matches(":focus-visible")) peek(outputAt(event));
-  });
-  result.table.addEventListener("focusout", () => peek(null));
+  const peekAt = (event) => (outputAt(event) === null ? rest() : peek(outputAt(event)));
+  result.table.addEventListener("pointerover", peekAt);
+  result.table.addEventListener("pointerleave", rest);
+  result.table.addEventListener("focusin", (event) => event.target.matches(":focus-visible") && peekAt(event));
+  result.table.addEventListener("focusout", rest);
+  for (const { table, cells } of inputs) {
+    table.addEventListener("pointerover", (event) => {
+      const place = cells.indexOf(event.target);
+      if (place >= 0) readers(place);
+    });
+    table.addEventListener("pointerleave", rest);
+  }
   result.table.addEventListener("click", (event) => {
     if (outputAt(event) !== null) go(outputAt(event));
   });
@@ -381,6 +398,6 @@
   press();
   new ResizeObserver(fit).observe(get("figure"));
   fit();
-  peek(null);
+  rest();
   show(0, false);
 }
