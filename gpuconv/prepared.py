@@ -144,6 +144,10 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
         if bias is not None:
             rows.append(("bias", f"{notation.by(bias.shape)}, {bias.dtype}"))
         given = {name: value for name, value in self._options.items() if value != _DEFAULTS[name]}
+        if "dtype" in given:
+            given["dtype"] = dtypes.name_of("Conv2d", "dtype is", given["dtype"])
+        if self._zero_points.any():
+            given["k_zero_point"] = self._zero_points.tolist()
         given |= {name: value for name, value in self._where.items() if value is not None}
         rows += [(name, str(value)) for name, value in given.items()]
         parts = [notebook.paragraph(repr(self)), notebook.fields(rows)]

@@ -102,20 +102,18 @@ def _padded(trace: Trace) -> Pair:
 
 def _data(trace: Trace) -> dict[str, Any]:
     """All that the script shows, as texts; shades are between -1 and 1."""
-    sources = [
-        geometry.source_index(np.arange(extent) - before, n, trace.padding_mode)
-        for extent, (before, _), n in zip(_padded(trace), trace.padding, trace.x.shape[-2:], strict=True)
-    ]
+    extents = trace.x.shape[-2:]
+    places = [np.arange(-before, n + after) for (before, after), n in zip(trace.padding, extents, strict=True)]
     rows, columns = (
-        (np.arange(len(source)) < before) | (np.arange(len(source)) >= before + n)
-        for source, (before, _), n in zip(sources, trace.padding, trace.x.shape[-2:], strict=True)
+        geometry.source_index(place, n, trace.padding_mode) for place, n in zip(places, extents, strict=True)
     )
+    pad_rows, pad_columns = ((place < 0) | (place >= n) for place, n in zip(places, extents, strict=True))
     # One row and one column of zeros at the end, where a source of -1 points.
     extended = np.pad(trace.x, [(0, 0)] * (trace.x.ndim - 2) + [(0, 1), (0, 1)])
-    inputs = _flat(extended[..., sources[0][:, None], sources[1]])
+    inputs = _flat(extended[..., rows[:, None], columns])
     kernels = _flat(trace.k)
     return {
-        "size": trace.x.shape[-2:],
+        "size": extents,
         "padded": _padded(trace),
         "before": [before for before, _ in trace.padding],
         "taps": trace.k.shape[-2:],
@@ -123,7 +121,7 @@ def _data(trace: Trace) -> dict[str, Any]:
         "stride": trace.stride,
         "dilation": trace.dilation,
         "channels": len(inputs),
-        "padding": (rows[:, None] | columns).ravel().astype(int).tolist(),
+        "padding": (pad_rows[:, None] | pad_columns).ravel().astype(int).tolist(),
         "input": _texts(inputs),
         "inputTint": _shades(inputs),
         "kernel": _texts(kernels),
@@ -167,22 +165,14 @@ def _shades(array: Array) -> Any:
     values = np.nan_to_num(array.real.astype(np.float64), nan=0.0)
     finite = np.abs(values[np.abs(values) < np.finfo(np.float64).max])
     largest = finite.max(initial=0.0)
-    return np.clip(values / (largest or 1.0), -1, 1).round(3).tolist()
+    with np.errstate(over="ignore"):  # infinity over something tiny
+        return np.clip(values / (largest or 1.0), -1, 1).round(3).tolist()
 
 
 def _formulas(trace: Trace) -> str:
     """The size of each axis of the output, with its numbers; once where both are the same."""
-    axes = list(
-        zip(
-            trace.x.shape[-2:],
-            trace.k.shape[-2:],
-            trace.padding,
-            trace.stride,
-            trace.dilation,
-            trace.shape,
-            strict=True,
-        )
-    )
+    sizes, kernel = trace.x.shape[-2:], trace.k.shape[-2:]
+    axes = list(zip(sizes, kernel, trace.padding, trace.stride, trace.dilation, trace.shape, strict=True))
     names = ("Output size",) if axes[0] == axes[1] else ("Output rows", "Output columns")
     return "\n    ".join(
         f'<p class="formula">{name} = {_size(*axis)}</p>' for name, axis in zip(names, axes, strict=False)
@@ -190,10 +180,13 @@ def _formulas(trace: Trace) -> str:
 
 
 def _size(n: int, k: int, pads: Pair, stride: int, dilation: int, outputs: int) -> str:
-    letter, window = (
-        ("<i>k</i>", f"{k}") if dilation == 1 else ("(<i>d</i>(<i>k</i> − 1) + 1)", f"({dilation}·({k} − 1) + 1)")
-    )
+    """The formula in letters, then in numbers: k is stretched by a dilation, p and p′ are the two sides."""
+    window, stretched = "<i>k</i>", f"{k}"
+    if dilation > 1:
+        window, stretched = "(<i>d</i>(<i>k</i> − 1) + 1)", f"({dilation}·({k} − 1) + 1)"
     before, after = pads
-    pad, padding = ("2<i>p</i>", f"2·{before}") if before == after else ("<i>p</i> + <i>p</i>′", f"{before} + {after}")
-    general = f"⌊(<i>n</i> − {letter} + {pad}) / <i>s</i>⌋ + 1"
-    return f"{general} = ⌊({n} − {window} + {padding}) / {stride}⌋ + 1 = <b>{outputs}</b>"
+    padding, padded = (
+        ("2<i>p</i>", f"2·{before}") if before == after else ("<i>p</i> + <i>p</i>′", f"{before} + {after}")
+    )
+    letters = f"⌊(<i>n</i> − {window} + {padding}) / <i>s</i>⌋ + 1"
+    return f"{letters} = ⌊({n} − {stretched} + {padded}) / {stride}⌋ + 1 = <b>{outputs}</b>"

@@ -200,6 +200,7 @@ def test_fragments_are_well_formed_and_escaped():
         (gpuconv.info(), ["numpy.reference", "CPU kernels"]),
         (layer, ["2×1×3×3, float32", "2, float64", "same", "numpy.gemm", repr(layer)]),
         (kernel, ["0.5", "0−1j"]),
+        (gpuconv.Conv2d(np.ones((1, 1), np.int8), dtype=np.int64, k_zero_point=3), ["1×1, int8", "int64", "3"]),
         (trace(RAMP, EDGES), ["(10−30)+(60−80)+(110−130)"]),
         (trace(np.ones((12, 12)), [[1]]), ["… and 104 more"]),
     ):

@@ -5,6 +5,7 @@
   const { steps, channels, padded, taps, output, stride, dilation, before } = data;
   const [OH, OW] = output;
   const [KH, KW] = taps;
+  const last = steps.length - 1;
   // Height of a cell where there is room, in CSS pixels: what keeps the figure on one screen, within reason.
   const BASE = Math.max(24, Math.min(46, Math.floor(620 / (channels * padded[0]))));
   const LETTERS = Math.min(16, BASE * 0.42); // size of the numbers where there is room
@@ -22,27 +23,30 @@
   const bracketed = (text) => (text.startsWith("−") || text.endsWith("j") ? `(${text})` : text);
   const range = (n) => Array.from({ length: n }, (_, i) => i);
 
-  // A grid of numbers under its title; `cell` finishes one td.
-  function board(kind, [rows, columns], title, label, cell) {
+  // A table of rows × columns; `fill` finishes each td, which it is given with its place.
+  function sheet(rows, columns, className, fill) {
+    const table = make("table", className);
+    for (const _ of range(rows)) {
+      const row = table.insertRow();
+      for (const _ of range(columns)) row.insertCell();
+    }
+    const cells = [...table.querySelectorAll("td")];
+    cells.forEach(fill);
+    return { table, cells };
+  }
+
+  // A grid of numbers under its title.
+  function board(kind, [rows, columns], title, label, fill) {
+    const { table, cells } = sheet(rows, columns, "", fill);
+    table.setAttribute("aria-label", label);
     const figure = make("figure", "grid");
     const caption = make("figcaption");
     caption.append(...title);
     const wrapper = make("div", `board ${kind}`);
-    const table = make("table");
-    table.setAttribute("aria-label", label);
-    const cells = [];
-    for (const r of range(rows)) {
-      const row = table.insertRow();
-      for (const c of range(columns)) {
-        const td = row.insertCell();
-        cell(td, r * columns + c, r, c);
-        cells.push(td);
-      }
-    }
     wrapper.style.setProperty("--cols", columns);
     wrapper.append(table);
     figure.append(caption, wrapper);
-    return { figure, wrapper, table, cells, columns, rows };
+    return { figure, wrapper, table, cells, columns };
   }
 
   function shade(td, tint) {
@@ -110,14 +114,8 @@
 
   // Patch × kernel = product, per channel, and the ledger of the sum.
   const matrix = (fill) => {
+    const { table, cells } = sheet(KH, KW, "matrix", fill);
     const figure = make("figure");
-    const table = make("table", "matrix");
-    const cells = [];
-    for (const p of range(KH)) {
-      const row = table.insertRow();
-      for (const q of range(KW)) cells.push(row.insertCell());
-    }
-    cells.forEach(fill);
     figure.append(table);
     return { figure, cells };
   };
@@ -162,7 +160,7 @@
   function show(at, announce = true) {
     const grasp = result.table.contains(document.activeElement);
     result.cells[now].tabIndex = -1;
-    now = Math.max(0, Math.min(steps.length - 1, at));
+    now = Math.max(0, Math.min(last, at));
     const step = steps[now];
     const i = Math.floor(now / OW);
     const j = now % OW;
@@ -214,8 +212,9 @@
     scrub.setAttribute("aria-valuetext", `Step ${now + 1} of ${steps.length}, row ${i}, column ${j}`);
     get("count").textContent = `${now + 1} / ${steps.length}`;
     get("first").disabled = get("back").disabled = now === 0;
-    get("last").disabled = get("forward").disabled = now === steps.length - 1;
-    if (announce) get("live").textContent = `Row ${i}, column ${j}: ${sum}`; // not while it plays: nobody can listen that fast
+    get("last").disabled = get("forward").disabled = now === last;
+    // Not while it plays: nobody can listen that fast.
+    if (announce) get("live").textContent = `Row ${i}, column ${j}: ${sum}`;
   }
 
   // y[0,1] = Σ x[0 + p, 1 + q]·k[p,q] = … with the numbers of this step.
@@ -226,11 +225,10 @@
       return offset === 0 ? walk : `${String(offset).replace("-", "−")} + ${walk}`;
     };
     const c = channels > 1 ? "c, " : "";
-    const line = get("sum");
     const slanted = (text) => text.split(/([a-z])/).map((part, at) => (at % 2 ? make("i", "", part) : part));
     const sub = make("sub");
     sub.append(...slanted(channels > 1 ? "cpq" : "pq"));
-    line.replaceChildren(
+    get("sum").replaceChildren(
       ...slanted(`y[${i}, ${j}] = Σ`), sub,
       ...slanted(` x[${c}${index(i, 0, "p")}, ${index(j, 1, "q")}] · k[${c}p, q] = `),
       ...(step.calculation.length > WORDY ? [] : [`${step.calculation} = `]), make("b", "", step.sum),
@@ -270,13 +268,13 @@
   const playing = () => timer !== 0;
   function tick() {
     timer = window.setTimeout(() => {
-      if (now >= steps.length - 1) return pause();
-      show(now + 1, false);
-      return now >= steps.length - 1 ? pause() : tick();
+      if (now < last) show(now + 1, false);
+      if (now < last) tick();
+      else pause();
     }, PACE / Number(get("speed").value));
   }
   function play() {
-    if (now >= steps.length - 1) show(0, false);
+    if (now === last) show(0, false);
     document.body.classList.add("playing");
     get("play").setAttribute("aria-label", "Pause");
     tick();
@@ -359,26 +357,28 @@
   result.table.addEventListener("click", (event) => {
     if (outputAt(event) !== null) go(outputAt(event));
   });
+  // A product, its two factors and its place in the sum are shown as one.
   const link = (event, on) => {
     const tap = event.target.closest?.("[data-tap]")?.dataset.tap;
     for (const element of document.querySelectorAll(".linked")) element.classList.remove("linked");
-    if (on && tap) for (const element of document.querySelectorAll(`[data-tap="${tap}"]`)) element.classList.add("linked");
+    if (!on || !tap) return;
+    for (const element of document.querySelectorAll(`[data-tap="${tap}"]`)) element.classList.add("linked");
   };
   document.addEventListener("pointerover", (event) => link(event, true));
   document.addEventListener("pointerout", (event) => link(event, false));
 
-  get("scrub").max = steps.length - 1;
+  get("scrub").max = last;
   get("scrub").addEventListener("input", (event) => go(Number(event.target.value)));
   get("first").addEventListener("click", () => go(0));
   get("back").addEventListener("click", () => go(now - 1));
   get("forward").addEventListener("click", () => go(now + 1));
-  get("last").addEventListener("click", () => go(steps.length - 1));
+  get("last").addEventListener("click", () => go(last));
   get("play").addEventListener("click", () => (playing() ? pause() : play()));
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select, input")) return;
     const moves = {
-      ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: steps.length - 1,
-      ArrowDown: now + OW < steps.length ? now + OW : now, ArrowUp: now - OW >= 0 ? now - OW : now,
+      ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: last,
+      ArrowDown: now + OW <= last ? now + OW : now, ArrowUp: now - OW >= 0 ? now - OW : now,
     };
     if (event.key in moves) go(moves[event.key]);
     else if (event.key === " " && !event.target.matches("button")) (playing() ? pause : play)();
