@@ -245,8 +245,8 @@ class Trace:
             padding = f"padding {top}" if top else "no padding"
         else:
             padding = f"padding ({top}, {bottom}) by ({left}, {right})"
-        if self.padding_mode != "constant":
-            padding += f" by {self.padding_mode}"
+        if self.padding_mode != "constant" and padding != "no padding":
+            padding = f"{self.padding_mode} {padding}"
         spaced = "" if self.dilation == (1, 1) else f", dilation {dilation}"
         return f"{sizes}, stride {stride}, {padding}{spaced}: output {notation.by(self.shape)}"
 

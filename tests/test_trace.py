@@ -84,7 +84,7 @@ def test_two_channels_in_print():
     assert first[-2:] == ["Sum of channels = (−60) + 105 = 45", "Output[0,0] = 45"]
     assert steps.step(0, 0).calculation == "[(10−30)+(60−80)+(110−130)] + [0.5·20 + 0.5·70 + 0.5·120]"
     edge = trace(RAMP, EDGES, padding=1, padding_mode="replicate")
-    assert edge.caption == "Input 5×5, kernel 3×3, stride 1, padding 1 by edge: output 5×5"
+    assert edge.caption == "Input 5×5, kernel 3×3, stride 1, edge padding 1: output 5×5"
 
 
 @pytest.mark.parametrize(

@@ -252,15 +252,15 @@
     const rows = `${many(KH, "row")} ${spread(i * stride[0] - before[0], KH, dilation[0])}`;
     const columns = `${many(KW, "column")} ${spread(j * stride[1] - before[1], KW, dilation[1])}`;
     mark(inputs.flatMap((input) => places.map((place) => input.cells[place])),
-      `Output (${i}, ${j}) reads ${rows}, ${columns}.`);
+      `Output (${i}, ${j})${at <= now ? ` = ${steps[at].sum}` : ""} reads ${rows}, ${columns}.`);
   }
 
-  function readers(place) {
+  function readers(c, place) {
     const outputs = range(steps.length).filter((at) => field(at).includes(place));
     const row = Math.floor(place / padded[1]) - before[0];
     const name = `(${row}, ${(place % padded[1]) - before[1]})`.replace(/-/g, "−");
     const count = outputs.length === 0 ? "no output" : `${outputs.length} ${many(outputs.length, "output")}`;
-    mark(outputs.map((at) => result.cells[at]), `Pixel ${name} is read by ${count}.`);
+    mark(outputs.map((at) => result.cells[at]), `Pixel ${name} = ${data.input[c][place]} is read by ${count}.`);
   }
 
   // Playing
@@ -347,13 +347,13 @@
   result.table.addEventListener("pointerleave", rest);
   result.table.addEventListener("focusin", (event) => event.target.matches(":focus-visible") && peekAt(event));
   result.table.addEventListener("focusout", rest);
-  for (const { table, cells } of inputs) {
+  inputs.forEach(({ table, cells }, c) => {
     table.addEventListener("pointerover", (event) => {
       const place = cells.indexOf(event.target);
-      if (place >= 0) readers(place);
+      if (place >= 0) readers(c, place);
     });
     table.addEventListener("pointerleave", rest);
-  }
+  });
   result.table.addEventListener("click", (event) => {
     if (outputAt(event) !== null) go(outputAt(event));
   });
