@@ -213,15 +213,15 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
     return lined
 
 
-def ones(shape: tuple[int, ...], like: Operand) -> Operand:
-    """An array of ``shape`` that is True everywhere, one byte of memory where ``like`` is."""
+def ones(shape: tuple[int, ...], dtype: str, like: Operand) -> Operand:
+    """An array of ``shape`` that is 1 everywhere, one element in memory where ``like`` is."""
     if like.device is None:
-        return Operand(np.broadcast_to(np.True_, shape), like.library, None, "bool")
+        return Operand(np.broadcast_to(np.ones((), dtypes.numpy_dtype(dtype)), shape), like.library, None, dtype)
     import cupy
 
     with on_stream(like.device, like.stream):
-        one = cupy.broadcast_to(cupy.ones((), bool), shape)
-    return Operand(one, like.library, like.device, "bool", like.stream)
+        one = cupy.broadcast_to(cupy.ones((), dtypes.numpy_dtype(dtype)), shape)
+    return Operand(one, like.library, like.device, dtype, like.stream)
 
 
 def to_host(array: Array) -> np.ndarray[Any, Any]:

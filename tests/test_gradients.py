@@ -305,6 +305,19 @@ def test_bias_gradient_of_integers_and_of_an_asked_for_dtype():
     assert gpuconv.grad.conv2d_bias(y.transpose(0, 2, 3, 1), layout="NHWC").tolist() == [255 * 50] * 3
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_bias_gradient_of_floats_is_compiled(dtype, layout):
+    """Through NumPy it would wake the BLAS threads between two calls on Numba's."""
+    y = np.random.default_rng(8).integers(-9, 9, (2, 3, 4, 3)).astype(cases.numpy_dtype(dtype))
+    wanted = y.astype(np.float64).sum(axis=(0, 2, 3) if layout == "NCHW" else (0, 1, 2))
+    for _ in range(2):  # the second time by the short path
+        found = gpuconv.grad.conv2d_bias(y, layout=layout, backend="numba_cpu")
+        assert found.dtype == y.dtype
+        assert np.array_equal(found.astype(np.float64), wanted)
+    assert np.array_equal(gpuconv.grad.conv2d_bias(y, layout=layout), found)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_bias_gradient_of_16_bits_is_summed_in_float32(dtype):
     taps = np.array([29952] * 300 + [256] + [-29952] * 300).astype(cases.numpy_dtype(dtype))

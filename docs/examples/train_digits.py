@@ -39,7 +39,6 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
-    from threadpoolctl import threadpool_limits
 except ModuleNotFoundError as error:
     sys.stderr.write(f'train_digits: {error}; the examples need the extra of that name: pip install ".[examples]"\n')
     sys.exit(2)
@@ -356,8 +355,7 @@ def main(epochs: int, device: str, picture: Path, seed: int, quiet: bool) -> Non
     )  # fmt: skip
     start = time.perf_counter()
     history = []
-    # The matrices are small: where other programs run too, BLAS threads wait for one another longer than they compute.
-    with threadpool_limits(1), Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=epochs, figures="")
         for epoch in train(network, training, validation, epochs, rng, xp):
             history.append(epoch)
