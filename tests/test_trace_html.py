@@ -134,6 +134,9 @@ def test_the_example_by_keys_and_buttons(look):
             press(driver, Keys.ARROW_RIGHT)
         note()
     assert text(driver, "#live") == "Row 2, column 2: (130−150)+(180−200)+(230−250) = −60"
+    click(driver, "#forward")
+    focused = "return [document.activeElement.id, document.activeElement.getAttribute('aria-disabled')]"
+    assert read(driver, focused) == ["forward", "true"], "the end does not take the focus away"
     press(driver, Keys.ARROW_RIGHT)  # there is no tenth
     assert text(driver, "#count") == "9 / 9"
     places = []
@@ -241,7 +244,7 @@ def test_an_output_reached_by_keys_is_marked_too(look):
     from selenium.webdriver.common.keys import Keys
 
     driver = look(CASES["two channels"].to_html())
-    for _ in range(3):  # the theme, an output, the first button that is not disabled
+    for _ in range(3):  # the theme, an output
         press(driver, Keys.TAB)
         if read(driver, "return document.activeElement.matches('.result td')"):
             break

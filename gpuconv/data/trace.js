@@ -211,8 +211,9 @@
     scrub.value = now;
     scrub.setAttribute("aria-valuetext", `Step ${now + 1} of ${steps.length}, row ${i}, column ${j}`);
     get("count").textContent = `${now + 1} / ${steps.length}`;
-    get("first").disabled = get("back").disabled = now === 0;
-    get("last").disabled = get("forward").disabled = now === last;
+    // Not `disabled`, which would take the focus away from who has stepped here with the button.
+    for (const id of ["first", "back"]) get(id).setAttribute("aria-disabled", now === 0);
+    for (const id of ["last", "forward"]) get(id).setAttribute("aria-disabled", now === last);
     // Not while it plays: nobody can listen that fast.
     if (announce) get("live").textContent = `Row ${i}, column ${j}: ${sum}`;
   }
