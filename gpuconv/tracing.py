@@ -154,6 +154,8 @@ class Trace:
         """Shapes and settings on one line."""
         shapes = f"x={self.x.shape}, k={self.k.shape}"
         settings = f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}"
+        if self.padding_mode != "constant":
+            settings += f", padding_mode={self.padding_mode!r}"
         return f"Trace({shapes}, {settings}, output={self.shape})"
 
     def __str__(self) -> str:

@@ -85,6 +85,7 @@ def test_two_channels_in_print():
     assert steps.step(0, 0).calculation == "[(10−30)+(60−80)+(110−130)] + [0.5·20 + 0.5·70 + 0.5·120]"
     edge = trace(RAMP, EDGES, padding=1, padding_mode="replicate")
     assert edge.caption == "Input 5×5, kernel 3×3, stride 1, edge padding 1: output 5×5"
+    assert "padding=((1, 1), (1, 1)), dilation=(1, 1), padding_mode='edge'" in repr(edge)
 
 
 @pytest.mark.parametrize(
