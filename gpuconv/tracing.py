@@ -108,10 +108,12 @@ class Trace:
     ----------
     x, k : numpy.ndarray, shape (H, W) and (KH, KW), or (C, H, W) and (C, KH, KW)
         The operands, in the type that the products are summed in; read-only.
-    stride, dilation : (int, int)
-        Per axis.
+    stride : (int, int)
+        Step of the window, per axis.
     padding : ((top, bottom), (left, right))
         The padding, resolved.
+    dilation : (int, int)
+        Spacing of the kernel's taps, per axis.
     output : numpy.ndarray, shape (OH, OW)
         The result; read-only.
     steps : tuple of Step
@@ -136,7 +138,23 @@ class Trace:
         return rows, columns
 
     def step(self, i: int, j: int) -> Step:
-        """The step that makes output (i, j)."""
+        """The step that makes output (i, j).
+
+        Parameters
+        ----------
+        i, j : int
+            Row and column of the output.
+
+        Returns
+        -------
+        Step
+            Its patch, products and sum; ``print`` it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            When i or j is no integer, or not a row or column of the output.
+        """
         rows, columns = self.shape
         i = geometry.as_integer("Trace.step", "i", i, 0, rows)
         j = geometry.as_integer("Trace.step", "j", j, 0, columns)
@@ -270,10 +288,12 @@ def trace(
         The input.
     k : array_like, shape (KH, KW), or (C, KH, KW) or (1, C, KH, KW)
         The kernel: one filter.
-    stride, dilation : int or (rows, columns), default 1
-        Step of the window, and spacing of the kernel's taps.
+    stride : int or (rows, columns), default 1
+        Step of the window.
     padding : int, (rows, columns), ((top, bottom), (left, right)) or str, default 0
         Rows and columns around the input, or a name that ``conv2d`` takes.
+    dilation : int or (rows, columns), default 1
+        Spacing of the kernel's taps.
     padding_mode : str, default "constant"
         What they hold, zeros by default; the names are those of ``conv2d``.
 

@@ -55,7 +55,7 @@ _RAMP_LIMIT = 1_000_000  # pixels; trace refuses far fewer
     "-o", "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page that steps through it."
 )
 @click.option("--open", "show", is_flag=True, help="Open the page in a browser.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for a program to read.")
 def trace(
     x_text: str | None,
     k_text: str,
@@ -89,7 +89,7 @@ def trace(
             k = np.broadcast_to(k, (len(x), *k.shape))
         traced = gpuconv.trace(x, k, **given)
         if html is None:
-            click.echo(json.dumps(_object(traced), ensure_ascii=False, allow_nan=False) if as_json else str(traced))
+            click.echo(json.dumps(_object(traced), allow_nan=False) if as_json else str(traced))
             return
         size_of_page = _write(html, traced)
     click.echo(f"{traced.caption}; {len(traced)} steps → {html} ({size_of_page / 1e3:.0f} kB)")
