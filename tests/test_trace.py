@@ -275,7 +275,7 @@ class TestCommand:
         }  # fmt: skip
         assert answer["steps"][0]["columns"] == [-1, 0]
         answer = json.loads(run("trace", "--json", "--x", "1", "--k", "1j").stdout)
-        assert answer["output"] == [[[0, 1]]]
+        assert answer["output"] == [["1j"]]
 
     @pytest.mark.parametrize(
         ("arguments", "said"),

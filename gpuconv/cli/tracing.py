@@ -72,8 +72,8 @@ def trace(
     A file of numbers is .npy, .txt or .csv (commas or blanks between the numbers), or .json (a list of lists). Of an
     input with channels (rows, or .npy) a kernel of rows and columns serves every channel.
 
-    The page is one file, which loads nothing from anywhere. In the JSON a complex number is [real, imaginary]; "nan",
-    "inf" and "-inf" stand for what JSON has no number for.
+    The page is one file, which loads nothing from anywhere. In the JSON, what JSON has no number for is text: "nan",
+    "inf", "-inf", and complex numbers as "(1+2j)".
     """
     if show and html is None:
         raise click.UsageError("--open needs a page to open: add --html FILE")
@@ -190,6 +190,4 @@ def _object(traced: gpuconv.Trace) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    if isinstance(value, complex):
-        return [_plain(value.real), _plain(value.imag)]
-    return value if isinstance(value, int) or math.isfinite(value) else str(value)
+    return value if isinstance(value, int | float) and math.isfinite(value) else str(value)
