@@ -75,7 +75,7 @@ class Explanation:
         """The dtype that products are summed in; None when nothing can run."""
         return None if self.plan is None else self.plan.sums_in
 
-    def __str__(self) -> str:
+    def _fields(self) -> list[tuple[str, str]]:
         p = self.problem
         pads = f"rows {p.padding[0]}, columns {p.padding[1]}, {p.padding_mode}"
         fill = p.x_zero_point or p.padding_value
@@ -97,7 +97,10 @@ class Explanation:
             if self.implementation is not None and (told := _compiling(self.implementation, self.plan)):
                 rows.append(("kernel", told))
         rows.append(("precision", f"{p.precision}: {_PROMISES[p.precision]}"))
-        lines = [f"{name:<10} {value}" for name, value in rows]
+        return rows
+
+    def __str__(self) -> str:
+        lines = [f"{name:<10} {value}" for name, value in self._fields()]
         lines += ["", "implementations, best first"]
         width = max((len(verdict.name) for verdict in self.table), default=0)
         for verdict in self.table:
@@ -107,6 +110,17 @@ class Explanation:
         if self.note:
             lines += ["", self.note]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from gpuconv import notebook
+
+        rows = [(verdict.name, verdict.device, "\n".join(verdict.reasons)) for verdict in self.table]
+        chosen = next((at for at, verdict in enumerate(self.table) if verdict.chosen), None)
+        parts = [
+            notebook.fields(self._fields()),
+            notebook.table(("implementations, best first", "device", "why"), rows, strong=chosen),
+        ]
+        return notebook.block(*parts, *([notebook.paragraph(self.note)] if self.note else []))
 
 
 def _compiling(name: str, plan: Plan) -> str | None:

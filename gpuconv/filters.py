@@ -116,16 +116,21 @@ def kernel_from(text: str) -> Weights:
     return _from_file(path)
 
 
-def _from_file(path: Path) -> Weights:
+def numbers_from(path: Path, what: str = "file") -> npt.NDArray[Any]:
+    """The numbers in a file; ValueError, in one line that calls it ``what``, where it cannot be read."""
     if path.suffix.lower() not in _READERS:
-        raise ValueError(f"kernel file {path}: the extension must be one of {', '.join(_READERS)}")
+        raise ValueError(f"{what} {path}: the extension must be one of {', '.join(_READERS)}")
     try:
-        values = _READERS[path.suffix.lower()](path)
+        return _READERS[path.suffix.lower()](path)
     except OSError as error:
-        raise ValueError(f"cannot read kernel file {path}: {error.strerror or error}") from error
+        raise ValueError(f"cannot read {what} {path}: {error.strerror or error}") from error
     # A damaged file can trip a reader in any of these ways (a .npy header may claim any size).
     except (ValueError, EOFError, MemoryError, OverflowError, RecursionError) as error:
-        raise ValueError(f"kernel file {path}: {error or type(error).__name__}") from error
+        raise ValueError(f"{what} {path}: {error or type(error).__name__}") from error
+
+
+def _from_file(path: Path) -> Weights:
+    values = numbers_from(path, "kernel file")
     if values.dtype.kind not in "iuf":
         raise ValueError(f"kernel file {path}: holds values of type {values.dtype}, not real numbers")
     if values.ndim != 2:

@@ -132,6 +132,15 @@ def resolve_padding(
     )
 
 
+def as_padding_mode(call: str, padding_mode: Any) -> str:
+    """``padding_mode`` by NumPy's name for it."""
+    mode = PADDING_MODE_ALIASES.get(padding_mode, padding_mode) if isinstance(padding_mode, str) else None
+    if mode not in PADDING_MODES:
+        known = ", ".join((*PADDING_MODES, *PADDING_MODE_ALIASES))
+        raise ValueError(f"{call}: padding_mode must be one of {known}; got {padding_mode!r}")
+    return mode
+
+
 def output_extent(n: int, k: int, pads: Pair, stride: int, dilation: int) -> int:
     """``floor((n + lo + hi - window) / stride) + 1``; below 1 when the kernel does not fit."""
     return (n + sum(pads) - window(k, dilation)) // stride + 1
@@ -319,6 +328,16 @@ def table_steps(k: int, outputs: int, stride: int, dilation: int) -> Pair:
     """(outer, inner) of the table that ``index_table`` makes: per position, or per output and tap if shorter."""
     by_position, by_tap = (outputs - 1) * stride + window(k, dilation), outputs * k
     return (stride, dilation) if by_position <= by_tap else (k, 1)
+
+
+def require_source(call: str, mode: str, x_shape: Sequence[int], sizes: Pair, pads: Pads) -> None:
+    """Refuse to continue an axis that has nothing to continue."""
+    for axis, (extent, pad) in enumerate(zip(sizes, pads, strict=True)):
+        if mode != "constant" and extent == 0 and any(pad):
+            raise ValueError(
+                f"{call}: padding_mode={mode!r} cannot extend an empty axis; x has shape {tuple(x_shape)}, "
+                f"spatial axis {axis} is empty"
+            )
 
 
 def span(k: int, outputs: int, steps: Pair) -> int:

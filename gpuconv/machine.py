@@ -25,22 +25,46 @@ class Info:
     mismatches: tuple[str, ...] = ()  # what does not fit together on a CUDA machine, each with its remedy
 
     def __str__(self) -> str:
-        import platform
-
-        lines = [f"gpuconv {__version__}, Python {platform.python_version()}, {platform.platform()}"]
-        lines += ["CPU: " + (platform.processor() or platform.machine()) + f", {os.cpu_count()} threads"]
-        lines += ["CPU kernels: " + self.kernels]
-        lines += [f"GPU: {gpu}" for gpu in self.gpus] or ["GPU: none usable"]
-        lines += [f"Mismatch: {sentence}" for sentence in self.mismatches]
+        lines = [_programs(), *(f"{name}: {value}" for name, value in self._fields())]
         lines += ["", "Packages"]
         lines += [f"  {name:<21} {version}" for name, version in self.versions.items()]
         lines += ["", "Implementations, best first per device"]
         width = max(map(len, self.implementations))
+        lines += [f"  {name:<{width}}  {device:<4}  {state}" for name, device, state in self._states()]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from gpuconv import notebook
+
+        return notebook.block(
+            notebook.paragraph(_programs()),
+            notebook.fields(self._fields()),
+            notebook.table(("implementations, best first per device", "device", "state"), self._states()),
+            notebook.folded("Packages", notebook.fields(self.versions.items())),
+        )
+
+    def _fields(self) -> list[tuple[str, str]]:
+        import platform
+
+        processor = platform.processor() or platform.machine()
+        rows = [("CPU", f"{processor}, {os.cpu_count()} threads"), ("CPU kernels", self.kernels)]
+        rows += [("GPU", gpu) for gpu in self.gpus or ("none usable",)]
+        return rows + [("Mismatch", sentence) for sentence in self.mismatches]
+
+    def _states(self) -> list[tuple[str, str, str]]:
+        """Name, device and state of each implementation."""
+        rows = []
         for name, reason in self.implementations.items():
             device = dispatch.DEVICES[dispatch.library_of(name)]
             ready = "ready, by its name only: experimental" if dispatch.is_experimental(name) else "ready"
-            lines.append(f"  {name:<{width}}  {device:<4}  {ready if reason is None else reason}")
-        return "\n".join(lines)
+            rows.append((name, device, ready if reason is None else reason))
+        return rows
+
+
+def _programs() -> str:
+    import platform
+
+    return f"gpuconv {__version__}, Python {platform.python_version()}, {platform.platform()}"
 
 
 def info() -> Info:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import secrets
 import warnings
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from gpuconv.files import write_bytes
 from gpuconv.filters import NamedKernel
 
 Floats = npt.NDArray[np.float32]
@@ -156,22 +155,6 @@ def _encode(path: Path, image: Image.Image, **options: Any) -> int:
         raise ValueError(f"cannot write {path} as {name}: {error}") from error
     write_bytes(path, buffer.getvalue())
     return buffer.tell()
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write the whole of ``data`` to ``path`` or leave it as it was; ValueError, in one line, where that fails."""
-    target = Path(os.path.realpath(path))  # through a link: what it points to is replaced, not the link
-    temporary = target.with_name(f".gpuconv-{secrets.token_hex(6)}.tmp")
-    try:
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 # The contact sheet. Sizes in pixels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections import OrderedDict
@@ -11,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import arrays, dtypes, geometry, quick, request
+from gpuconv import arrays, dtypes, geometry, notation, quick, request
 from gpuconv.arrays import Operand
 from gpuconv.dispatch import Choice
 from gpuconv.geometry import Pads, Pair
 from gpuconv.problem import Conv2dProblem
 
 _PROBLEMS = 64  # input sizes that one Conv2d remembers
+_SHOWN = 11  # rows and columns of a kernel that a notebook shows
 
 _live: weakref.WeakSet[Conv2d] = weakref.WeakSet()
 
@@ -151,6 +153,25 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
     def __repr__(self) -> str:
         return f"Conv2d({self._line})"
 
+    def _repr_html_(self) -> str:
+        from gpuconv import notebook
+
+        kernel, bias = self._kernel, self._bias
+        rows = [("kernel", f"{notation.by(kernel.shape)}, {kernel.dtype}")]
+        if bias is not None:
+            rows.append(("bias", f"{notation.by(bias.shape)}, {bias.dtype}"))
+        given = {name: value for name, value in self._options.items() if value != _DEFAULTS[name]}
+        if "dtype" in given:
+            given["dtype"] = dtypes.name_of("Conv2d", "dtype is", given["dtype"])
+        if self._zero_points.any():
+            given["k_zero_point"] = self._zero_points.tolist()
+        given |= {name: value for name, value in self._where.items() if value is not None}
+        rows += [(name, str(value)) for name, value in given.items()]
+        parts = [notebook.paragraph(repr(self)), notebook.fields(rows)]
+        if kernel.device is None and len(kernel.shape) == 2 and max(kernel.shape) <= _SHOWN:
+            parts.append(notebook.numbers([notation.number(w) for w in row] for row in _plain(kernel.array)))
+        return notebook.block(*parts)
+
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = self._options | self._where | {"k_zero_point": self._zero_points}
         bias = None if self._bias is None else self._bias.array
@@ -210,6 +231,15 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
             shown = replace(shown, padding=((0, 0), (0, 0)))
         rest = str(shown).partition("_")[2]
         return f"n?c{problem.C}h?w?_{rest}" + (f", padding={options['padding']!r}" if named else "")
+
+
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(Conv2d).parameters.items()}
+
+
+def _plain(array: Any) -> Any:
+    """The array as nested lists of Python's own numbers."""
+    kinds = {"b": np.int64, "i": np.int64, "u": np.int64, "c": np.complex128}
+    return array.astype(kinds.get(array.dtype.kind, np.float64)).tolist()
 
 
 def release() -> None:

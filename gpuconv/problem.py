@@ -283,22 +283,14 @@ class Conv2dProblem:
         if any(pad >= geometry.STEP_LIMIT for axis in pads for pad in axis):
             raise ValueError(f"{call}: padding must be below {geometry.STEP_LIMIT}; padding={padding!r} gives {pads}")
         geometry.require_fit(call, (H, W), (KH, KW), pads, dilations)
-        mode = geometry.PADDING_MODE_ALIASES.get(padding_mode, padding_mode) if isinstance(padding_mode, str) else None
-        if mode not in geometry.PADDING_MODES:
-            known = ", ".join((*geometry.PADDING_MODES, *geometry.PADDING_MODE_ALIASES))
-            raise ValueError(f"{call}: padding_mode must be one of {known}; got {padding_mode!r}")
+        mode = geometry.as_padding_mode(call, padding_mode)
         value = _padding_value(call, padding_value, x_dtype)
         if value != 0 and (mode != "constant" or padding_mode == "zeros"):
             raise ValueError(
                 f"{call}: padding_value={padding_value!r} has no meaning with padding_mode={padding_mode!r}; "
                 "leave it at 0 or use padding_mode='constant'"
             )
-        for axis, (extent, pad) in enumerate(zip((H, W), pads, strict=True)):
-            if mode != "constant" and extent == 0 and any(pad):
-                raise ValueError(
-                    f"{call}: padding_mode={padding_mode!r} cannot extend an empty axis; x has shape {x_shape}, "
-                    f"spatial axis {axis} is empty"
-                )
+        geometry.require_source(call, mode, x_shape, (H, W), pads)
         if pads == NO_PADS:  # one name for one problem
             mode, value = "constant", 0
 

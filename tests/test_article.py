@@ -391,7 +391,7 @@ def test_trace_is_read_only():
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        ((X[0], K), ValueError, r"x must have two axes, \(H, W\); got shape \(5,\)"),
+        ((X[0], K), ValueError, r"x must have two axes, \(H, W\), or three, \(C, H, W\); got shape \(5,\)"),
         ((X, K[None]), ValueError, r"k must have two axes, \(KH, KW\); got shape \(1, 3, 3\)"),
         ((X, [[1, 2], [3]]), ValueError, r"k must be .* \(KH, KW\)"),
         ((X, [[]]), ValueError, r"k .* got shape \(1, 0\)"),

@@ -27,7 +27,7 @@ from cli_tools import (
 from PIL import Image
 
 import gpuconv
-from gpuconv import pictures
+from gpuconv import files
 from gpuconv.filters import KERNELS, kernel_from
 
 LINE = "n8c3h224w224_o64kh7kw7_s2p3_f32"
@@ -396,7 +396,7 @@ class TestRefusals:
             raise OSError(28, "No space left on device")
 
         Path("y.png").write_text("old")
-        monkeypatch.setattr(pictures.os, "replace", full)
+        monkeypatch.setattr(files.os, "replace", full)
         result = run("filter", "x.png", "--kernel", "box-3", "-o", "y.png")
         assert_refused(result.exit_code, result.stderr, "cannot write y.png: No space left on device")
         assert Path("y.png").read_text() == "old"

@@ -93,6 +93,27 @@ def reported() -> Iterator[None]:
             say(f"warning: {message}")
 
 
+def shape(text: str) -> tuple[int, ...]:
+    """``8,3,224,224`` or ``8x3x224x224``."""
+    try:
+        return tuple(int(part) for part in text.lower().replace("x", ",").split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a shape such as 8,3,224,224") from None
+
+
+def steps(text: str) -> Any:
+    """``2``, ``2,1`` (rows, columns), ``0:1,0:1`` (before:after on each axis), or a name."""
+    if text.replace("_", "").isalpha():
+        return text
+    try:
+        axes = [[int(number) for number in axis.split(":")] for axis in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is neither an integer nor a pair such as 2,1") from None
+    if len(axes) == 1 and len(axes[0]) == 1:
+        return axes[0][0]
+    return tuple(tuple(axis) if len(axis) > 1 else axis[0] for axis in axes)
+
+
 def where_options(command: _Command) -> _Command:
     """Add ``--device`` and ``--backend``."""
     for option in (

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import gpuconv
-from gpuconv.cli.base import EPILOG, Failure, cli, reported, where_options
+from gpuconv.cli.base import EPILOG, Failure, cli, reported, shape, steps, where_options
 
 
 @cli.command(epilog=EPILOG)
@@ -19,40 +19,19 @@ def info() -> None:
     click.echo(report)
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    """``8,3,224,224`` or ``8x3x224x224``."""
-    try:
-        return tuple(int(part) for part in text.lower().replace("x", ",").split(","))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a shape such as 8,3,224,224") from None
-
-
-def _steps(text: str) -> Any:
-    """``2``, ``2,1`` (rows, columns), ``0:1,0:1`` (before:after on each axis), or a name."""
-    if text.replace("_", "").isalpha():
-        return text
-    try:
-        axes = [[int(number) for number in axis.split(":")] for axis in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is neither an integer nor a pair such as 2,1") from None
-    if len(axes) == 1 and len(axes[0]) == 1:
-        return axes[0][0]
-    return tuple(tuple(axis) if len(axis) > 1 else axis[0] for axis in axes)
-
-
 @cli.command(epilog=EPILOG)
 @click.argument("problem", required=False, metavar="[PROBLEM]")
-@click.option("--x", "x_shape", type=_shape, metavar="N,C,H,W", help="Shape of the input.")
-@click.option("--k", "k_shape", type=_shape, metavar="O,C,KH,KW", help="Shape of the kernel.")
+@click.option("--x", "x_shape", type=shape, metavar="N,C,H,W", help="Shape of the input.")
+@click.option("--k", "k_shape", type=shape, metavar="O,C,KH,KW", help="Shape of the kernel.")
 @click.option("--bias", is_flag=True, help="With a bias.")
-@click.option("--stride", type=_steps, metavar="N|N,N", help="One number, or rows,columns.")
+@click.option("--stride", type=steps, metavar="N|N,N", help="One number, or rows,columns.")
 @click.option(
     "--padding",
-    type=_steps,
+    type=steps,
     metavar="N|N,N|N:N,N:N|NAME",
     help="One number, rows,columns, top:bottom,left:right, or valid, same, same_upper, same_lower, full.",
 )
-@click.option("--dilation", type=_steps, metavar="N|N,N", help="One number, or rows,columns.")
+@click.option("--dilation", type=steps, metavar="N|N,N", help="One number, or rows,columns.")
 @click.option("--groups", type=int, metavar="N", help="Groups of channels.")
 @click.option("--padding-mode", metavar="MODE", help="constant, reflect, symmetric, edge or wrap.")
 @click.option("--flip", is_flag=True, help="Turn the kernel by 180 degrees.")
