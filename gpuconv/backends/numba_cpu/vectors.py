@@ -183,11 +183,15 @@ class Emitter:
         if stored in INTEGERS:
             convert = self.builder.fptoui if stored in UNSIGNED else self.builder.fptosi
             return convert(value, ir.VectorType(STORED[stored], self.lanes.count))
-        if stored != "bfloat16":
-            return self.builder.fptrunc(value, ir.VectorType(STORED[stored], self.lanes.count))
         builder, wide = self.builder, ir.VectorType(I32, self.lanes.count)
-        if self.lanes.dtype == "float64":  # compiled and never run: what is stored in 16 bits is summed in float32
+        if self.lanes.dtype == "float64":
+            # Never run for 16 bits, which are summed in float32; but compiled, and LLVM's own conversion from float64
+            # to float16 calls a function that is in no library.
             value = builder.fptrunc(value, ir.VectorType(REAL["float32"], wide.count))
+        if stored == "float32":
+            return value
+        if stored == "float16":
+            return builder.fptrunc(value, ir.VectorType(STORED[stored], wide.count))
 
         def every(number: int) -> Value:
             return ir.Constant(wide, [number] * self.lanes.count)
