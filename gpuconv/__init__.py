@@ -1,8 +1,8 @@
 """2-D convolution for NumPy and CuPy arrays, on the GPU or the CPU.
 
 ``conv2d`` computes, ``conv_transpose2d``, ``conv1d``, ``unfold``, ``fold`` and ``grad`` are its relatives, ``Conv2d``
-is one prepared for many images, ``conv2d_tiled`` one for images larger than memory. ``explain`` says what would run and why, ``info`` what this machine can do. Importing
-gpuconv loads neither Numba nor CuPy.
+is one prepared for many images, ``conv2d_tiled`` is for images larger than memory. ``explain`` says what would run and
+why, ``info`` what this machine can do. Importing gpuconv loads neither Numba nor CuPy.
 """
 
 import importlib

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,9 +72,9 @@ dtype, precision, device, backend
         Where the result goes: any of the same kinds, of the result's shape and dtype, apart from ``source``. Tiles
         are whole chunks of it (of Zarr shards, whole shards), so that none is written twice.
     workspace_limit : int, optional
-        Bytes of memory that the call may take besides k and the bias, default 256 MiB. A quarter is ``conv2d``'s scratch.
-        In the rest lie two windows and two results of tiles, and what reading and writing copy on the way: chunks that
-        are decoded or encoded, pages of a memory map.
+        Bytes of memory that the call may take besides k and the bias, default 256 MiB. A quarter is for ``conv2d``'s
+        scratch. In the rest lie two windows and two results of tiles, and what reading and writing copy on the way:
+        chunks that are decoded or encoded, pages of a memory map.
     resume : bool or path, default False
         Keep a record of finished tiles in this file, or for True in one beside out's (``<name>.tiles.json``). A call
         that finds the record of the same call, killed or failed, goes on where that stopped; it is removed when all
@@ -191,7 +192,7 @@ class _Run:
     ) -> None:
         self.image, self.result, self.kernel, self.bias, self.problem = image, result, kernel, bias, problem
         self.target, self.path = target, path
-        self.scratch = limit // 4
+        self.scratch, self.piece = limit // 4, tiles.piece_bytes(limit)
         self.rows, self.columns = tiles.axes(problem)
         self.layers: dict[tuple[int, int], Conv2d] = {}
         record = None if path is None else Record(_CALL, path)
@@ -208,20 +209,18 @@ class _Run:
     def _choose(self, limit: int, recorded: Any) -> Block:
         """The extents of a tile; those of an unfinished run, where they fit."""
         layout, problem = self.problem.layout, self.problem
-        written = tiles.four(layout, self.result.write_chunks)
-        costs = tiles.Costs(
-            problem, tiles.four(layout, self.image.read_chunks), self.image.reads, self.result.writes, self.scratch
-        )
+        source, out = self.image.reading(layout), self.result.writing(layout)
+        costs = tiles.Costs(problem, source, out, self.scratch, self.piece)
         if (
             isinstance(recorded, list)
             and len(recorded) == 4
             and all(type(size) is int and size > 0 for size in recorded)
         ):
-            block: Block = tuple(recorded)  # type: ignore[assignment]
-            least = tiles.granule(problem, written)
+            block: Block = tuple(recorded)
+            least = tiles.granule(problem, out.chunks)
             if all(size % unit == 0 for size, unit in zip(block, least, strict=True)) and costs.total(block) <= limit:
                 return block
-        return tiles.choose(_CALL, costs, written, limit)
+        return tiles.choose(_CALL, costs, limit)
 
     def _pin(self, backend: str | None) -> str:
         """The one implementation for all tiles: the first of the whole problem's order that can make each."""
@@ -247,8 +246,9 @@ class _Run:
 
     def _description(self) -> dict[str, Any]:
         """Everything that determines the result and the tiles."""
-        places = self.image.where(), self.result.where()
-        shared = None not in places and os.path.samefile(*places)  # writing changes the source's file too
+        source, out = self.image.where(), self.result.where()
+        # where writing changes the source's file too
+        shared = source is not None and out is not None and os.path.samefile(source, out)
         return {
             "problem": str(self.problem),
             "kernel": _digest(self.kernel),
@@ -276,12 +276,11 @@ class _Run:
         )
 
         def write(tile: Tile, memory: Array) -> None:
-            at, values = self._place(tile), self.result.converted(self._result(tile, memory))
-            self.result.write(at, values)
+            values = self.result.converted(self._result(tile, memory))
+            self._store(tile, values)
             if record is not None:
-                self.result.flush(at)
+                self.result.flush(self._place(tile))
                 record.add(values)
-            self.result.release()
             bar(tile.number + 1, self.count)
 
         work = pipeline.Pipeline(self._read, self._compute, write, self._named)
@@ -300,7 +299,7 @@ class _Run:
 
     def _view(self, memory: Array, nchw: tuple[int, ...], ndim: int, dtype: str) -> Array:
         """The first bytes of ``memory`` as a dense array in the caller's layout and rank."""
-        shape = tiles.placed(self.problem.layout, ndim, nchw)  # type: ignore[arg-type]
+        shape = tiles.placed(self.problem.layout, ndim, nchw)
         size = int(np.prod(shape, dtype=object)) * dtypes.itemsize(dtype)
         view: Array = memory[:size].view(dtypes.numpy_dtype(dtype)).reshape(shape)
         return view
@@ -315,14 +314,32 @@ class _Run:
 
     def _place(self, tile: Tile) -> tuple[slice, ...]:
         """The tile in ``out``."""
-        return tiles.placed(self.problem.layout, len(self.result.shape), tile.of_result(self.problem))
+        return self._in_result(tile.of_result(self.problem))
+
+    def _in_result(self, nchw: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Slices in the order N O OH OW as those of ``out``."""
+        return tiles.placed(self.problem.layout, len(self.result.shape), nchw)
 
     def _read(self, tile: Tile, memory: Array) -> None:
-        windows.fill(
-            self._window(tile, memory), self.problem.layout, self.image, tile.of_image(self.problem),
-            self.rows.source(tile.rows.start, tile.rows.stop), self.columns.source(tile.columns.start, tile.columns.stop),
-            self.problem.fill,
-        )  # fmt: skip
+        p, window = self.problem, self._window(tile, memory)
+        rows = self.rows.source(tile.rows.start, tile.rows.stop)
+        columns = self.columns.source(tile.columns.start, tile.columns.stop)
+        windows.fill(window, p.layout, self.image, tile.of_image(p), rows, columns, p.fill, self.piece)
+
+    def _store(self, tile: Tile, values: Array) -> None:
+        """Write ``values`` piece by piece, each of whole chunks."""
+        p, whole = self.problem, tile.of_result(self.problem)
+        medium = self.result.writing(p.layout)
+        piece = medium.piece(p.layout, tiles.part(p, tile.block).y_shape, values.itemsize, self.piece)
+        parts = [
+            list(tiles.cut(where.start, where.stop, chunk, size))
+            for where, chunk, size in zip(whole, medium.chunks, piece, strict=True)
+        ]
+        for at in itertools.product(*parts):
+            to = tuple(slice(*interval) for interval in at)
+            of = tuple(slice(a - where.start, b - where.start) for (a, b), where in zip(at, whole, strict=True))
+            self.result.write(self._in_result(to), values[self._in_result(of)])
+            self.result.release()
 
     def _compute(self, tile: Tile, window: Array, result: Array) -> None:
         self._layer(tile)(self._window(tile, window), out=self._result(tile, result))
@@ -360,9 +377,9 @@ class _Run:
             self.result.release()
         if found != record.checksum:
             raise ValueError(
-                f"{_CALL}: {record.path} records {done} finished tiles, and out holds something else there; was it made "
-                "anew, or is its compression lossy? Open it without erasing it (mode 'r+') to go on, or delete the "
-                "record to begin anew"
+                f"{_CALL}: {record.path} records {done} finished tiles, and out holds something else there; was it "
+                "made anew, or is its compression lossy? Open it without erasing it (mode 'r+') to go on, or delete "
+                "the record to begin anew"
             )
 
     def _named(self, stage: str, tile: Tile) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv import arrays, dtypes
+from gpuconv.tiling.tiles import Medium, four
 
 Array = np.ndarray[Any, Any]
 Region = tuple[slice, ...]
@@ -45,7 +46,7 @@ def of(call: str, name: str, array: Any) -> Storage:
 class Storage:
     """An array in memory: nothing to release, nothing to flush, nothing that outlives the process."""
 
-    reads = writes = 0  # copies of what is read at a time, and of a result, that are made on the way
+    reads = writes = 0  # copies of what is read or written at a time, besides windows and results
     lasting = False  # whether what was written is there when the process is gone
 
     def __init__(self, array: Any) -> None:
@@ -66,6 +67,14 @@ class Storage:
     def write_chunks(self) -> tuple[int, ...]:
         """Extents that are written as a whole: a part of them means to read them, change them and write them again."""
         return (1,) * len(self.shape)
+
+    def reading(self, layout: str) -> Medium:
+        """How it is read."""
+        return Medium(four(layout, self.read_chunks), self.reads)
+
+    def writing(self, layout: str) -> Medium:
+        """How it is written."""
+        return Medium(four(layout, self.write_chunks), self.writes)
 
     def read(self, at: Region) -> Array:
         """The elements ``at``."""
@@ -132,17 +141,16 @@ class Storage:
 class Other(Storage):
     """Anything else that is sliced."""
 
-    reads = writes = 1
+    reads = writes = 2
     lasting = True  # who asks for a record knows
 
     @property
     def read_chunks(self) -> tuple[int, ...]:
         """Its ``chunks``, if it has any."""
         chunks = getattr(self.array, "chunks", None)
-        whole = isinstance(chunks, tuple) and len(chunks) == len(self.shape)
-        if whole and all(isinstance(extent, int) and extent > 0 for extent in chunks):
-            return chunks
-        return (1,) * len(self.shape)
+        if isinstance(chunks, tuple) and all(isinstance(extent, int) and extent > 0 for extent in chunks):
+            return chunks if len(chunks) == len(self.shape) else super().read_chunks
+        return super().read_chunks
 
     @property
     def write_chunks(self) -> tuple[int, ...]:
@@ -159,12 +167,13 @@ class Other(Storage):
         return None if hasattr(self.array, "__setitem__") else f"of type {type(self.array).__name__} takes no values"
 
 
-def _map_of(array: Any) -> np.memmap[Any, Any] | None:
-    """The memory map that ``array`` is a view of."""
-    while isinstance(array, np.ndarray):
-        if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):
+def _map_of(array: Any) -> Any:
+    """The ``numpy.memmap`` of a whole map that ``array`` is a view of; None where there is none."""
+    while array is not None:
+        base = getattr(array, "base", None)
+        if isinstance(array, np.memmap) and isinstance(base, mmap.mmap):
             return array
-        array = array.base
+        array = base
     return None
 
 
@@ -178,18 +187,15 @@ class Mapped(Storage):
 
     def __init__(self, array: Array) -> None:
         super().__init__(array)
-        whole = _map_of(array)
-        assert whole is not None
-        self.whole: Any = whole
+        self.whole = _map_of(array)
         self.map: mmap.mmap = self.whole.base
 
     @property
     def read_chunks(self) -> tuple[int, ...]:
-        """Pages along the last axis of an array in C order."""
-        contiguous = self.shape and self.array.strides[-1] == self.array.itemsize
-        return (1,) * len(self.shape) if not contiguous else (
-            *(1,) * (len(self.shape) - 1), max(_PAGE // self.array.itemsize, 1)
-        )  # fmt: skip
+        """Pages, along the last axis of an array in C order."""
+        if self.array.strides[-1] != self.array.itemsize:
+            return super().read_chunks
+        return (*super().read_chunks[1:], max(_PAGE // self.array.itemsize, 1))
 
     def release(self) -> None:
         """Unmap its pages, which stay in the system's cache. Changes to a private map would be lost."""
@@ -243,7 +249,7 @@ class Mapped(Storage):
 class Hdf5(Storage):
     """An ``h5py.Dataset``."""
 
-    reads, writes = 2, 1  # chunks are decoded, then copied
+    reads = writes = 2  # chunks are decoded, then copied, or the other way
     lasting = True
 
     @property
@@ -288,7 +294,7 @@ class Hdf5(Storage):
 class Zarr(Storage):
     """A ``zarr.Array``."""
 
-    reads, writes = 2, 1  # chunks are decoded, then copied; encoded ones stand beside what they hold
+    reads, writes = 3, 2  # encoded chunks, decoded ones, and what is made of them
     lasting = True
 
     @property

@@ -1,4 +1,4 @@
-"""How a result is cut into tiles: within a number of bytes, along the chunks of what is written, with little read twice.
+"""How a result is cut into tiles: within a number of bytes, along the chunks of what is written, little read twice.
 
 A tile is a block of images, groups of channels, rows and columns of the result. What it reads, its *window*, has all
 padded pixels in it, so that every tile is a convolution without padding, of the same stride and dilation.
@@ -26,7 +26,7 @@ _MOST = 64 << 20
 _PIECES = 8  # tiles, at least, of a large result
 _LEAST = 4 << 20
 _PER_TILE = 1 << 20  # bytes that are read in the time that a tile takes for itself, roughly
-_PIECE = 8 << 20  # bytes of a tile's window that are read at a time, so that what is read is not there twice
+_PIECE = 8 << 20  # bytes that are read or written at a time, at most, so that whole tiles are not there twice
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def part(problem: Conv2dProblem, block: Block) -> Conv2dProblem:
     )  # fmt: skip
 
 
-def placed(layout: str, ndim: int, four: tuple[Any, Any, Any, Any]) -> tuple[Any, ...]:
+def placed(layout: str, ndim: int, four: tuple[Any, ...]) -> tuple[Any, ...]:
     """What ``four`` has for N C H W, for the axes of an array of ``ndim`` axes in ``layout``."""
     order = layouts.image_axes(layout, ndim)
     result = [None] * ndim
@@ -140,18 +140,55 @@ def four(layout: str, shape: tuple[int, ...]) -> Block:
 
 
 @dataclass(frozen=True)
+class Medium:
+    """How an array is read or written: in whole ``chunks`` (in the order N C H W), of which ``copies`` are made."""
+
+    chunks: Block
+    copies: int
+
+    def piece(self, layout: str, extents: Block, size: int, most: int) -> Block:
+        """Extents, in whole chunks, of what is read or written at a time of a block of elements of ``size`` bytes.
+
+        It takes about ``most`` bytes, and at least a chunk.
+        """
+        piece = list(self.chunks)
+        for axis in (1, 3, 2, 0) if layout == "NHWC" else (3, 2, 1, 0):
+            chunk = self.chunks[axis]
+            wanted = -(-extents[axis] // chunk)
+            possible = most // max(math.prod(piece) * size, 1)
+            piece[axis] = max(min(wanted, possible), 1) * chunk
+            if possible < wanted:
+                break
+        N, C, H, W = piece
+        return N, C, H, W
+
+
+def cut(start: int, stop: int, chunk: int, size: int) -> Iterator[tuple[int, int]]:
+    """The interval in parts that end where chunks do and lie in ``size`` elements of whole chunks."""
+    while start < stop:
+        end = min(stop, start // chunk * chunk + size)
+        yield start, end
+        start = end
+
+
+def piece_bytes(limit: int) -> int:
+    """Bytes that are read or written at a time under ``workspace_limit``."""
+    return min(_PIECE, limit // 32)
+
+
+@dataclass(frozen=True)
 class Costs:
     """Bytes that tiles of ``problem`` take.
 
-    Two windows and two results are there at a time: one of each computed, one read, one written. ``reads`` and
-    ``writes`` say how many copies of a piece that is read and of a result its kind of storage makes on the way.
+    Two windows and two results are there at a time: one of each computed, one read, one written. They are read and
+    written in pieces, of which ``source`` and ``out`` make copies on the way.
     """
 
     problem: Conv2dProblem
-    chunks: Block  # of the source, in the order N C H W
-    reads: int
-    writes: int
+    source: Medium
+    out: Medium
     scratch: int  # of conv2d
+    piece: int  # bytes of a piece, where chunks are not larger
 
     def window(self, block: Block) -> int:
         """Bytes of a tile's window."""
@@ -162,36 +199,34 @@ class Costs:
         return math.prod(part(self.problem, block).y_shape) * dtypes.itemsize(self.problem.y_dtype)
 
     def reading(self, block: Block) -> int:
-        """Bytes of the largest piece of the source that a tile reads at a time, in whole chunks."""
-        p, (images, groups, *_) = self.problem, block
+        """Bytes of what is read at a time, and of its copies."""
+        p = self.problem
         rows, columns = (
-            min(axis.n, (extent - 1) * axis.stride + geometry.window(axis.k, axis.dilation) + 2 * (chunk - 1))
-            for axis, extent, chunk in zip(axes(p), block[2:], self.chunks[2:], strict=True)
+            min(axis.n, (extent - 1) * axis.stride + geometry.window(axis.k, axis.dilation))
+            for axis, extent in zip(axes(p), block[2:], strict=True)
         )
-        channels = min(p.C, p.C // p.groups * groups + 2 * (self.chunks[1] - 1))
-        row = min(p.N, images + 2 * (self.chunks[0] - 1)) * channels * columns * dtypes.itemsize(p.x_dtype)
-        return min(rows, piece_rows(row, self.chunks[2])) * row
+        extents = block[0], p.C // p.groups * block[1], rows, columns
+        size = dtypes.itemsize(p.x_dtype)
+        return self.source.copies * math.prod(self.source.piece(p.layout, extents, size, self.piece)) * size
+
+    def writing(self, block: Block) -> int:
+        """Bytes of the copies of what is written at a time."""
+        p, size = self.problem, dtypes.itemsize(self.problem.y_dtype)
+        return self.out.copies * math.prod(self.out.piece(p.layout, part(p, block).y_shape, size, self.piece)) * size
 
     def total(self, block: Block) -> int:
         """Bytes in use while tiles of ``block`` are read, computed and written."""
-        result = self.result(block)
-        return (
-            2 * (self.window(block) + result) + self.reads * self.reading(block) + self.writes * result + self.scratch
-        )
+        buffers = 2 * (self.window(block) + self.result(block))
+        return buffers + self.reading(block) + self.writing(block) + self.scratch
 
     def traffic(self, block: Block) -> int:
         """Bytes read for all tiles, and what the tiles themselves take, in bytes read in that time."""
         p, (images, groups, height, width) = self.problem, block
         rows, columns = axes(p)
-        planes = _touched(p.N, images, self.chunks[0])
-        planes *= _touched(p.C, max(p.C // p.groups * groups, 1), self.chunks[1])
-        read = planes * rows.touched(height, self.chunks[2]) * columns.touched(width, self.chunks[3])
+        chunks = self.source.chunks
+        planes = _touched(p.N, images, chunks[0]) * _touched(p.C, max(p.C // p.groups * groups, 1), chunks[1])
+        read = planes * rows.touched(height, chunks[2]) * columns.touched(width, chunks[3])
         return read * dtypes.itemsize(p.x_dtype) + _PER_TILE * count(p, block)
-
-
-def piece_rows(row: int, chunk: int) -> int:
-    """Rows of ``row`` bytes that are read at a time: whole chunks."""
-    return max(_PIECE // max(row, 1) // chunk, 1) * chunk
 
 
 def _touched(extent: int, size: int, chunk: int) -> int:
@@ -231,9 +266,9 @@ def granule(problem: Conv2dProblem, chunks: Block) -> Block:
     return N, G, OH, OW
 
 
-def choose(call: str, costs: Costs, chunks: Block, limit: int) -> Block:
-    """The tile that reads least in all, of whole ``chunks`` of the result, within ``limit`` bytes."""
-    problem = costs.problem
+def choose(call: str, costs: Costs, limit: int) -> Block:
+    """The tile that reads least in all, of whole chunks of the result, within ``limit`` bytes."""
+    problem, chunks = costs.problem, costs.out.chunks
     least = granule(problem, chunks)
     needed = costs.total(least)
     if needed > limit:

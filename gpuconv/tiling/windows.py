@@ -8,8 +8,7 @@ at the border reads both ends of an axis, and nothing in between.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import itertools
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ Runs = list[tuple[slice, slice]]  # places in the window and, of the same number
 
 # A window of more runs than this (a huge dilation makes them) is gathered element by element.
 _MOST_RUNS = 64
+_GAP = 16  # elements that are read over rather than begin another block
 
 
 def fill(
@@ -35,21 +35,32 @@ def fill(
     rows: IntArray,
     columns: IntArray,
     constant: complex,
+    most: int,
 ) -> None:
-    """Fill ``window`` from the images and channels ``planes`` of ``source``, both in ``layout``."""
-    chunks = tiles.four(layout, source.read_chunks)
-    target = _four(window, layout)
+    """Fill ``window`` from the images and channels ``planes`` of ``source``, both in ``layout``.
+
+    About ``most`` bytes are read at a time.
+    """
+    target, medium = _four(window, layout), source.reading(layout)
     if (rows < 0).any() or (columns < 0).any():
         window[...] = constant
-    across = list(_intervals(columns, chunks[3], None))
-    widest = max((stop - start for start, stop in across), default=0)
-    row = widest * math.prod(target.shape[:2]) * window.itemsize
-    for top, bottom in _intervals(rows, chunks[2], tiles.piece_rows(row, chunks[2])):
-        for left, right in across:
-            at = tiles.placed(layout, window.ndim, (*planes, slice(top, bottom), slice(left, right)))
-            block = _four(source.read(at), layout)
-            _copy(block, target, _within(rows, top, bottom), _within(columns, left, right))
-            source.release()
+    down, across = _intervals(rows, medium.chunks[2]), _intervals(columns, medium.chunks[3])
+    if not down or not across:
+        return
+    height, width = (max(stop - start for start, stop in axis) for axis in (down, across))
+    piece = medium.piece(layout, (target.shape[0], target.shape[1], height, width), window.itemsize, most)
+    whole = [[(part.start, part.stop)] for part in planes] + [down, across]
+    parts = [
+        [small for large in axis for small in tiles.cut(*large, chunk, size)]
+        for axis, chunk, size in zip(whole, medium.chunks, piece, strict=True)
+    ]
+    image, channel = (part.start for part in planes)
+    for at in itertools.product(*parts):
+        n, c, i, j = (slice(*interval) for interval in at)
+        block = _four(source.read(tiles.placed(layout, window.ndim, (n, c, i, j))), layout)
+        some = target[n.start - image : n.stop - image, c.start - channel : c.stop - channel]
+        _copy(block, some, _within(rows, *at[2]), _within(columns, *at[3]))
+        source.release()
 
 
 def _four(array: Array, layout: str) -> Array:
@@ -58,23 +69,11 @@ def _four(array: Array, layout: str) -> Array:
     return view
 
 
-def _intervals(index: IntArray, chunk: int, most: int | None) -> Iterator[Interval]:
-    """Neighbouring source elements, of which ``index`` needs at least one per chunk: what is read at a time.
-
-    A gap of a whole chunk, or of a few elements where there are none, is not read. Intervals of more than ``most``
-    elements are cut, between chunks.
-    """
+def _intervals(index: IntArray, chunk: int) -> list[Interval]:
+    """The source elements that ``index`` needs, as intervals; gaps of a chunk, or of a few elements, are read over."""
     needed = np.unique(index[index >= 0])
-    if not len(needed):
-        return
-    gap = max(chunk, 16)
-    cuts = np.flatnonzero(np.diff(needed) > gap) + 1
-    for some in np.split(needed, cuts):
-        start, end = int(some[0]), int(some[-1]) + 1
-        while start < end:
-            stop = end if most is None else min(end, start // chunk * chunk + most)
-            yield start, stop
-            start = stop
+    cuts = np.flatnonzero(np.diff(needed) > max(chunk, _GAP)) + 1
+    return [(int(some[0]), int(some[-1]) + 1) for some in np.split(needed, cuts) if len(some)]
 
 
 def _within(index: IntArray, start: int, stop: int) -> tuple[IntArray, IntArray]:
