@@ -82,9 +82,7 @@ def child(folder: Path, kind: str, size: int, limit: int, resume: bool) -> dict[
     gpuconv.conv2d(np.zeros((64, 512), np.float32), k)  # compiles, or loads what was compiled
     before = memory("VmRSS")
     start = time.perf_counter()
-    gpuconv.conv2d_tiled(
-        source, k, out, padding="same", padding_mode="reflect", workspace_limit=limit, resume=resume
-    )
+    gpuconv.conv2d_tiled(source, k, out, padding="same", padding_mode="reflect", workspace_limit=limit, resume=resume)
     called = time.perf_counter() - start
     peak = memory("VmHWM")
     for file in files(folder / f"y.{kind}"):

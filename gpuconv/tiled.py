@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,17 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import arrays, dispatch, dtypes, layouts, request
-from gpuconv._version import __version__
+from gpuconv import arrays, dispatch, dtypes, request
 from gpuconv.arrays import Operand
-from gpuconv.backends.protocol import Target
-from gpuconv.errors import NoBackendError
-from gpuconv.prepared import Conv2d
 from gpuconv.problem import Conv2dProblem
-from gpuconv.tiling import pipeline, storage, tiles, windows
-from gpuconv.tiling.record import Record, checksum
+from gpuconv.tiling import storage
+from gpuconv.tiling.job import Job
 from gpuconv.tiling.storage import Storage
-from gpuconv.tiling.tiles import Block, Tile
 
 Array = np.ndarray[Any, Any]
 
@@ -135,7 +128,7 @@ dtype, precision, device, backend
         target = replace(target, separable=request.is_separable(problem, arrays.operand(_CALL, "k", kernel)))
     with _bar(progress) as bar:
         if problem.result_size:
-            _Run(image, result, kernel, offset, problem, target, backend, limit, path).run(bar)
+            Job(_CALL, problem, image, kernel, offset, result, target, backend, limit, path).run(bar)
     return out
 
 
@@ -173,228 +166,6 @@ def _record_path(resume: Any, result: Storage) -> Path | None:
     if beside is None:
         raise ValueError(f"{_CALL}: resume=True keeps its record beside the file of out, which has none; pass a path")
     return beside.with_name(f"{beside.name}.tiles.json")
-
-
-class _Run:
-    """One call whose arguments are valid."""
-
-    def __init__(
-        self,
-        image: Storage,
-        result: Storage,
-        kernel: Array,
-        bias: Array | None,
-        problem: Conv2dProblem,
-        target: Target,
-        backend: str | None,
-        limit: int,
-        path: Path | None,
-    ) -> None:
-        self.image, self.result, self.kernel, self.bias, self.problem = image, result, kernel, bias, problem
-        self.target, self.path = target, path
-        self.scratch, self.piece = limit // 4, tiles.piece_bytes(limit)
-        self.rows, self.columns = tiles.axes(problem)
-        self.layers: dict[tuple[int, int], Conv2d] = {}
-        record = None if path is None else Record(_CALL, path)
-        found = None if record is None else record.load()
-        self.block = self._choose(limit, None if found is None else found["of"].get("tile"))
-        self.backend = self._pin(backend)
-        self.count = tiles.count(problem, self.block)
-        self.record = record
-        if record is not None:
-            record.describe(self._description())
-            if found is not None:
-                record.resume(found)
-
-    def _choose(self, limit: int, recorded: Any) -> Block:
-        """The extents of a tile; those of an unfinished run, where they fit."""
-        layout, problem = self.problem.layout, self.problem
-        source, out = self.image.reading(layout), self.result.writing(layout)
-        costs = tiles.Costs(problem, source, out, self.scratch, self.piece)
-        if (
-            isinstance(recorded, list)
-            and len(recorded) == 4
-            and all(type(size) is int and size > 0 for size in recorded)
-        ):
-            block: Block = tuple(recorded)
-            least = tiles.granule(problem, out.chunks)
-            if all(size % unit == 0 for size, unit in zip(block, least, strict=True)) and costs.total(block) <= limit:
-                return block
-        return tiles.choose(_CALL, costs, limit)
-
-    def _pin(self, backend: str | None) -> str:
-        """The one implementation for all tiles: the first of the whole problem's order that can make each."""
-        parts = [tiles.part(self.problem, block) for block in tiles.shapes(self.problem, self.block)]
-        names = dispatch.preferred(self.problem, self.target.device)[0]
-        named = [name for name in names if name in (dispatch.candidates(backend) or ())]
-        # What the whole image is too large for may still make its tiles.
-        named.sort(key=lambda name: bool(dispatch.reasons(name, self.problem, self.target)))
-        refused: Exception | None = None
-        for name in named:
-            try:
-                for part in parts:
-                    plan, found = dispatch.attempt(name, part, self.target, self.scratch, backend)
-                    if plan is None:
-                        raise NoBackendError(f"{_CALL}: {name} cannot make tiles {part}: {'; '.join(found)}")
-            except (NoBackendError, MemoryError) as error:
-                refused = refused or error
-                continue
-            return name
-        for part in parts:
-            dispatch.choose(_CALL, part, self.target, backend, self.scratch)  # its errors say everything
-        raise refused or NoBackendError(f"{_CALL}: {backend} has no implementation of {self.problem}")
-
-    def _description(self) -> dict[str, Any]:
-        """Everything that determines the result and the tiles."""
-        source, out = self.image.where(), self.result.where()
-        # where writing changes the source's file too
-        shared = source is not None and out is not None and os.path.samefile(source, out)
-        return {
-            "problem": str(self.problem),
-            "kernel": _digest(self.kernel),
-            "bias": None if self.bias is None else _digest(self.bias),
-            "source": self.image.identity(),
-            "source_state": [] if shared else self.image.state(),
-            "out": self.result.identity(),
-            "implementation": self.backend,
-            "version": __version__,
-            "tile": list(self.block),
-        }
-
-    def run(self, bar: Callable[[int, int], None]) -> None:
-        """Make every tile that is not finished yet; ``bar`` is told how many of how many are."""
-        every = tiles.tiles(self.problem, self.block)
-        record = self.record
-        if record is not None:
-            self._verify(record.done)
-            record.save()  # where it cannot be written, nothing is computed
-        self.result.reserve()
-        done = 0 if record is None else record.done
-        bar(done, self.count)
-        x_bytes, y_bytes = (
-            max(sizes) for sizes in zip(*(map(self._bytes, tiles.shapes(self.problem, self.block))), strict=True)
-        )
-
-        def write(tile: Tile, memory: Array) -> None:
-            values = self.result.converted(self._result(tile, memory))
-            self._store(tile, values)
-            if record is not None:
-                self.result.flush(self._place(tile))
-                record.add(values)
-            bar(tile.number + 1, self.count)
-
-        work = pipeline.Pipeline(self._read, self._compute, write, self._named)
-        pair = range(min(2, self.count - done))
-        rest = (tile for tile in every if tile.number >= done)
-        work.run(
-            rest, [arrays.empty((x_bytes,), np.uint8) for _ in pair], [arrays.empty((y_bytes,), np.uint8) for _ in pair]
-        )
-        if record is not None:
-            record.remove()
-
-    def _bytes(self, block: Block) -> tuple[int, int]:
-        part = tiles.part(self.problem, block)
-        x, y = np.prod(part.x_shape, dtype=object), part.result_size
-        return int(x) * dtypes.itemsize(part.x_dtype), y * dtypes.itemsize(part.y_dtype)
-
-    def _view(self, memory: Array, nchw: tuple[int, ...], ndim: int, dtype: str) -> Array:
-        """The first bytes of ``memory`` as a dense array in the caller's layout and rank."""
-        shape = tiles.placed(self.problem.layout, ndim, nchw)
-        size = int(np.prod(shape, dtype=object)) * dtypes.itemsize(dtype)
-        view: Array = memory[:size].view(dtypes.numpy_dtype(dtype)).reshape(shape)
-        return view
-
-    def _window(self, tile: Tile, memory: Array) -> Array:
-        part = tiles.part(self.problem, tile.block)
-        return self._view(memory, part.x_shape, len(self.image.shape), part.x_dtype)
-
-    def _result(self, tile: Tile, memory: Array) -> Array:
-        part = tiles.part(self.problem, tile.block)
-        return self._view(memory, part.y_shape, len(self.result.shape), part.y_dtype)
-
-    def _place(self, tile: Tile) -> tuple[slice, ...]:
-        """The tile in ``out``."""
-        return self._in_result(tile.of_result(self.problem))
-
-    def _in_result(self, nchw: tuple[slice, ...]) -> tuple[slice, ...]:
-        """Slices in the order N O OH OW as those of ``out``."""
-        return tiles.placed(self.problem.layout, len(self.result.shape), nchw)
-
-    def _read(self, tile: Tile, memory: Array) -> None:
-        p, window = self.problem, self._window(tile, memory)
-        rows = self.rows.source(tile.rows.start, tile.rows.stop)
-        columns = self.columns.source(tile.columns.start, tile.columns.stop)
-        windows.fill(window, p.layout, self.image, tile.of_image(p), rows, columns, p.fill, self.piece)
-
-    def _store(self, tile: Tile, values: Array) -> None:
-        """Write ``values`` piece by piece, each of whole chunks."""
-        p, whole = self.problem, tile.of_result(self.problem)
-        medium = self.result.writing(p.layout)
-        piece = medium.piece(p.layout, tiles.part(p, tile.block).y_shape, values.itemsize, self.piece)
-        parts = [
-            list(tiles.cut(where.start, where.stop, chunk, size))
-            for where, chunk, size in zip(whole, medium.chunks, piece, strict=True)
-        ]
-        for at in itertools.product(*parts):
-            to = tuple(slice(*interval) for interval in at)
-            of = tuple(slice(a - where.start, b - where.start) for (a, b), where in zip(at, whole, strict=True))
-            self.result.write(self._in_result(to), values[self._in_result(of)])
-            self.result.release()
-
-    def _compute(self, tile: Tile, window: Array, result: Array) -> None:
-        self._layer(tile)(self._window(tile, window), out=self._result(tile, result))
-
-    def _layer(self, tile: Tile) -> Conv2d:
-        """The convolution of the tile's groups, prepared."""
-        key = tile.groups.start, tile.groups.stop
-        if key not in self.layers:
-            p, kernel, bias = self.problem, self.kernel, self.bias
-            channels = tile.of_result(p)[1]
-            if kernel.ndim > 2:
-                axis = layouts.kernel_axes(p.kernel_layout, kernel.ndim)[0]
-                kernel = kernel[(*[slice(None)] * axis, channels)]
-            part = tiles.part(p, tile.block)
-            self.layers[key] = Conv2d(
-                kernel, None if bias is None else bias[channels], stride=part.stride, dilation=part.dilation,
-                groups=part.groups, flip=p.flip, layout=p.layout, kernel_layout=p.kernel_layout,
-                activation=p.activation, dtype=p.y_dtype, precision=p.precision, device=str(self.target),
-                backend=self.backend, workspace_limit=self.scratch,
-            )  # fmt: skip
-        return self.layers[key]
-
-    def _verify(self, done: int) -> None:
-        """Refuse an ``out`` that no longer holds the tiles that are recorded as finished."""
-        record, found = self.record, 0
-        assert record is not None
-        for tile in tiles.tiles(self.problem, self.block):
-            if tile.number >= done:
-                break
-            try:
-                found = checksum(arrays.native(self.result.read(self._place(tile))), found)
-            except Exception as error:
-                error.add_note(self._named("reading again what was written of", tile))
-                raise
-            self.result.release()
-        if found != record.checksum:
-            raise ValueError(
-                f"{_CALL}: {record.path} records {done} finished tiles, and out holds something else there; was it "
-                "made anew, or is its compression lossy? Open it without erasing it (mode 'r+') to go on, or delete "
-                "the record to begin anew"
-            )
-
-    def _named(self, stage: str, tile: Tile) -> str:
-        """A tile in words, for an error."""
-        where = ", ".join(f"{part.start}:{part.stop}" for part in self._place(tile))
-        text = f"{_CALL}: while {stage} tile {tile.number + 1} of {self.count}, out[{where}]"
-        if self.record is None:
-            return text
-        return f"{text}; tiles that are finished are recorded in {self.record.path}, the same call goes on from there"
-
-
-def _digest(array: Array) -> str:
-    content = hashlib.sha256(str((array.shape, array.dtype.name)).encode())
-    content.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return content.hexdigest()
 
 
 @contextmanager

@@ -65,6 +65,8 @@ class Record:
     def resume(self, found: dict[str, Any]) -> None:
         """Go on from ``found``; ValueError where that was another problem."""
         keys = self.description.keys() | found["of"].keys()
+        if found["of"].get("source_state") is None:
+            keys.discard("source_state")
         other = [key for key in sorted(keys) if self.description.get(key) != found["of"].get(key)]
         if other:
             raise ValueError(
@@ -78,6 +80,11 @@ class Record:
         """One more tile, which holds ``values``, is on the disk."""
         self.checksum = checksum(values, self.checksum)
         self.done += 1
+        self.save()
+
+    def expect_repair(self) -> None:
+        """The source could not be read: before this goes on somebody will change its file, which is right."""
+        self.description["source_state"] = None
         self.save()
 
     def save(self) -> None:

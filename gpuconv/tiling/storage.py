@@ -95,8 +95,8 @@ class Storage:
     def release(self) -> None:
         """Give back the memory that reading and writing took, where it is not the caller's."""
 
-    def reserve(self) -> None:
-        """Take the place on the disk that the result needs, where running out of it later could not be reported."""
+    def prepare(self) -> None:
+        """Bring its file into a state in which it can be written to, and killed at any time."""
 
     def flush(self, at: Region) -> None:
         """Bring what was written at ``at`` to the disk."""
@@ -202,7 +202,7 @@ class Mapped(Storage):
         if hasattr(mmap, "MADV_DONTNEED") and self.whole.mode != "c":
             self.map.madvise(mmap.MADV_DONTNEED)
 
-    def reserve(self) -> None:
+    def prepare(self) -> None:
         """Give a sparse file its blocks: when the disk is full, writing to a map ends the process."""
         path = self.where()
         if path is None or not hasattr(os, "posix_fallocate"):
@@ -261,6 +261,10 @@ class Hdf5(Storage):
     def write_chunks(self) -> tuple[int, ...]:
         """Chunks, where it has any."""
         return self.read_chunks
+
+    def prepare(self) -> None:
+        """A file that was created and never flushed cannot be opened again."""
+        self.flush(())
 
     def flush(self, at: Region) -> None:
         """The library's buffers, then the system's."""
