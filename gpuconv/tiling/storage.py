@@ -22,6 +22,7 @@ Array = np.ndarray[Any, Any]
 Region = tuple[slice, ...]
 
 _PAGE = 4096  # bytes that a memory map reads at a time
+_BLOCK = 1 << 16  # elements that are rounded at a time
 
 
 def of(call: str, name: str, array: Any) -> Storage:
@@ -48,6 +49,8 @@ class Storage:
 
     reads = writes = 0  # copies of what is read or written at a time, besides windows and results
     lasting = False  # whether what was written is there when the process is gone
+    rounding = False  # whether results are floats, to be stored as the nearest integers of its type
+    clipped = 0  # of these, how many lay beyond the type's range, or were NaN
 
     def __init__(self, array: Any) -> None:
         self.array = array
@@ -82,11 +85,27 @@ class Storage:
 
     def takes(self, dtype: str) -> bool:
         """Whether results of ``dtype`` may be written to it."""
-        return self.dtype == dtype
+        if not self.rounding:
+            return self.dtype == dtype
+        # Both ends of the range must be numbers of the result's type.
+        return dtype == "float64" or (dtype == "float32" and dtypes.itemsize(self.dtype) <= 2)
 
     def converted(self, values: Array) -> Array:
-        """``values`` as they are to be stored; what they were may be overwritten."""
-        return values
+        """``values``, a dense array, as they are to be stored; in their own memory, whose content is lost."""
+        if not self.rounding:
+            return values
+        low, high = dtypes.RANGES[self.dtype]
+        flat = values.reshape(-1)
+        # No integer is wider than the number it comes from, so that it is written behind what is still to be read.
+        stored = flat.view(np.uint8)[: flat.size * dtypes.itemsize(self.dtype)].view(self.dtype)
+        for start in range(0, flat.size, _BLOCK):
+            block = np.rint(flat[start : start + _BLOCK])
+            inside = (block >= low) & (block <= high)
+            self.clipped += block.size - int(np.count_nonzero(inside))
+            np.clip(block, low, high, out=block)
+            block[np.isnan(block)] = 0
+            stored[start : start + _BLOCK] = block.astype(self.dtype)
+        return stored.reshape(values.shape)
 
     def write(self, at: Region, values: Array) -> None:
         """Store ``values``, which have been converted, at ``at``."""
