@@ -259,6 +259,19 @@ class TestResume:
             np.testing.assert_allclose(read(name), wanted(np.load("x.npy")), atol=1e-5)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need a privilege there")
+def test_links():
+    write("x.npy", noise(20, 20))
+    Path("link.npy").symlink_to("real.npy")
+    assert_ran(run("filter", "x.npy", "--kernel", "box-3", "-o", "link.npy"))
+    assert Path("link.npy").is_symlink() and np.load("real.npy").shape == (20, 20)
+    Path("precious").write_text("data")
+    Path("y.npy.partial").symlink_to("precious")
+    result = run("filter", "x.npy", "--kernel", "box-3", "-o", "y.npy")
+    assert_refused(result.exit_code, result.stderr, "cannot write y.npy", "is a link; delete it")
+    assert Path("precious").read_text() == "data"
+
+
 class TestZarr:
     def test_an_array_in_a_group(self):
         group = zarr.create_group("image.zarr")

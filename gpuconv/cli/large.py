@@ -92,6 +92,8 @@ def filter_numbers(
         raise ValueError(f"cannot write {output}: it exists and is a folder; delete it or choose another name")
     target = Path(os.path.realpath(output))  # through a link: what it points to is replaced, not the link
     work = target.with_name(f"{target.name}.partial")
+    if work.is_symlink():  # whose it is, we cannot know, nor what it points to
+        raise ValueError(f"cannot write {output}: {work} is a link; delete it")
     with ExitStack() as files:
         image, axes, tags = _opened(photo, files)
         summed, stored = _types(image.dtype, dtype)
@@ -114,15 +116,17 @@ def filter_numbers(
             )  # fmt: skip
             if hasattr(made, "flush"):
                 made.flush()
-    if out.clipped:
-        share = 100 * out.clipped / max(np.prod(image.shape, dtype=object), 1)
+            clipped = out.clipped
+            del made, out  # Windows renames no file that is mapped
+    if clipped:
+        share = 100 * clipped / max(np.prod(image.shape, dtype=object), 1)
         say(
-            f"warning: {output}: {out.clipped} responses ({share:.2g} %) lay beyond {stored}'s range and were clipped; "
+            f"warning: {output}: {clipped} responses ({share:.2g} %) lay beyond {stored}'s range and were clipped; "
             "--dtype float32 keeps them"
         )
     return {
         "photo": str(photo), "output": str(output), "shape": list(image.shape), "dtype": stored,
-        "kernel_size": list(weights.shape), "clipped": out.clipped, "seconds": time.perf_counter() - start,
+        "kernel_size": list(weights.shape), "clipped": clipped, "seconds": time.perf_counter() - start,
     }  # fmt: skip
 
 

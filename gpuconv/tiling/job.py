@@ -70,8 +70,7 @@ class Job:
         sizes = recorded if isinstance(recorded, list) and len(recorded) == 4 else []
         if sizes and all(type(size) is int and size > 0 for size in sizes):
             block = sizes[0], sizes[1], sizes[2], sizes[3]
-            least = tiles.granule(problem, out.chunks)
-            if all(size % unit == 0 for size, unit in zip(block, least, strict=True)) and costs.total(block) <= limit:
+            if tiles.whole(problem, block, out.chunks) and costs.total(block) <= limit:
                 return block
         return tiles.choose(self.call, costs, limit)
 

@@ -6,6 +6,7 @@ None of their libraries is imported: an array that is at hand has brought its ow
 
 from __future__ import annotations
 
+import errno
 import itertools
 import mmap
 import os
@@ -32,6 +33,8 @@ def of(call: str, name: str, array: Any) -> Storage:
     if isinstance(array, np.ndarray):
         arrays.operand(call, name, array)  # refuses what holds no numbers, and masked arrays
         return Mapped(array) if _map_of(array) is not None else Storage(array)
+    if hasattr(array, "__cuda_array_interface__"):
+        raise TypeError(f"{call}: {name} lives on a GPU; conv2d takes it as it is, and .get() brings it to the host")
     shape = getattr(array, "shape", None)
     sliceable = hasattr(array, "__getitem__") and hasattr(array, "dtype") and not isinstance(array, type)
     if not sliceable or not isinstance(shape, tuple) or not all(isinstance(extent, int) for extent in shape):
@@ -226,10 +229,14 @@ class Mapped(Storage):
         path = self.where()
         if path is None or not hasattr(os, "posix_fallocate"):
             return
-        status = path.stat()
+        status, (low, high) = path.stat(), self.bounds()
         if status.st_blocks * 512 < status.st_size:
             with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, status.st_size)
+                try:
+                    os.posix_fallocate(file.fileno(), low, high - low)
+                except OSError as error:
+                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
+                        raise
 
     def flush(self, at: Region) -> None:
         """Write the changed pages."""

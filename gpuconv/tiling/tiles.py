@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,8 @@ from gpuconv.problem import NO_PADS, Conv2dProblem
 
 Block = tuple[int, int, int, int]  # extents of a tile: images, groups, rows, columns
 
-# Bytes of a tile's window and result, at most. Larger tiles read little less twice, and reading, computing and writing
-# can overlap only where there are several.
-_MOST = 64 << 20
-_PIECES = 8  # tiles, at least, of a large result
-_LEAST = 4 << 20
 _PER_TILE = 1 << 20  # bytes that are read in the time that a tile takes for itself, roughly
+_SOME = 4096  # tiles of an axis that are counted one by one; of more, every second or third ...
 _PIECE = 8 << 20  # bytes that are read or written at a time, at most, so that whole tiles are not there twice
 
 
@@ -59,14 +56,22 @@ class Axis:
             position = (np.arange(start, stop)[:, None] * self.stride + taps - self.before).ravel()
         return geometry.source_index(position, self.n, self.mode)
 
+    def reach(self, outputs: int) -> int:
+        """Source elements from the first to the last that ``outputs`` neighbouring outputs read, at most."""
+        return min(self.n, (outputs - 1) * self.stride + geometry.window(self.k, self.dilation))
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - an axis is a few integers
     def touched(self, outputs: int, chunk: int) -> int:
         """Source elements read by all tiles of ``outputs``, each in whole chunks; borders aside."""
-        starts = np.arange(0, self.outputs, outputs)
+        count = -(-self.outputs // outputs)
+        some = min(count, _SOME)
+        starts = np.arange(some) * (count // some) * outputs
         stops = np.minimum(starts + outputs, self.outputs)
         low = np.clip(starts * self.stride - self.before, 0, self.n)
         high = (stops - 1) * self.stride + geometry.window(self.k, self.dilation) - self.before
         high = np.maximum(np.clip(high, 0, self.n), low)
-        return int(np.minimum(-(-high // chunk) * chunk, self.n).sum() - (low // chunk * chunk).sum())
+        read = np.minimum(-(-high // chunk) * chunk, self.n) - low // chunk * chunk
+        return int(read.sum()) * count // some
 
 
 def axes(problem: Conv2dProblem) -> tuple[Axis, Axis]:
@@ -190,45 +195,55 @@ class Costs:
     scratch: int  # of conv2d
     piece: int  # bytes of a piece, where chunks are not larger
 
-    def window(self, block: Block) -> int:
-        """Bytes of a tile's window."""
-        return math.prod(part(self.problem, block).x_shape) * dtypes.itemsize(self.problem.x_dtype)
+    @cached_property
+    def axes(self) -> tuple[Axis, Axis]:
+        """The rows and the columns."""
+        return axes(self.problem)
 
-    def result(self, block: Block) -> int:
-        """Bytes of a tile's result."""
-        return math.prod(part(self.problem, block).y_shape) * dtypes.itemsize(self.problem.y_dtype)
+    def channels(self, groups: int) -> tuple[int, int]:
+        """Channels of the source and of the result in ``groups``."""
+        return self.problem.C // self.problem.groups * groups, self.problem.O // self.problem.groups * groups
+
+    def tile(self, block: Block) -> int:
+        """Bytes of a tile's window and result."""
+        images, groups, height, width = block
+        (C, O), (rows, columns) = self.channels(groups), self.axes
+        window = C * rows.span(height) * columns.span(width) * dtypes.itemsize(self.problem.x_dtype)
+        return images * (window + O * height * width * dtypes.itemsize(self.problem.y_dtype))
 
     def reading(self, block: Block) -> int:
         """Bytes of what is read at a time, and of its copies."""
-        p = self.problem
-        rows, columns = (
-            min(axis.n, (extent - 1) * axis.stride + geometry.window(axis.k, axis.dilation))
-            for axis, extent in zip(axes(p), block[2:], strict=True)
-        )
-        extents = block[0], p.C // p.groups * block[1], rows, columns
-        size = dtypes.itemsize(p.x_dtype)
-        return self.source.copies * math.prod(self.source.piece(p.layout, extents, size, self.piece)) * size
+        images, groups, height, width = block
+        down, across = (axis.reach(extent) for axis, extent in zip(self.axes, (height, width), strict=True))
+        extents, size = (images, self.channels(groups)[0], down, across), dtypes.itemsize(self.problem.x_dtype)
+        return self.source.copies * math.prod(self.source.piece(self.problem.layout, extents, size, self.piece)) * size
 
     def writing(self, block: Block) -> int:
         """Bytes of the copies of what is written at a time."""
-        p, size = self.problem, dtypes.itemsize(self.problem.y_dtype)
-        return self.out.copies * math.prod(self.out.piece(p.layout, part(p, block).y_shape, size, self.piece)) * size
+        images, groups, height, width = block
+        extents, size = (images, self.channels(groups)[1], height, width), dtypes.itemsize(self.problem.y_dtype)
+        return self.out.copies * math.prod(self.out.piece(self.problem.layout, extents, size, self.piece)) * size
 
     def total(self, block: Block) -> int:
         """Bytes in use while tiles of ``block`` are read, computed and written."""
-        buffers = 2 * (self.window(block) + self.result(block))
-        return buffers + self.reading(block) + self.writing(block) + self.scratch
+        return 2 * self.tile(block) + self.reading(block) + self.writing(block) + self.scratch
 
     def traffic(self, block: Block) -> int:
-        """Bytes read for all tiles, and what the tiles themselves take, in bytes read in that time."""
+        """What all tiles take, in bytes read in that time: what is read, in whole chunks, what every tile takes for
+        itself, and the first one's reading and the last one's writing, which overlap with nothing.
+        """
         p, (images, groups, height, width) = self.problem, block
-        rows, columns = axes(p)
-        chunks = self.source.chunks
-        planes = _touched(p.N, images, chunks[0]) * _touched(p.C, max(p.C // p.groups * groups, 1), chunks[1])
-        read = planes * rows.touched(height, chunks[2]) * columns.touched(width, chunks[3])
-        return read * dtypes.itemsize(p.x_dtype) + _PER_TILE * count(p, block)
+        planes = _touched(p.N, images, self.source.chunks[0])
+        planes *= _touched(p.C, max(self.channels(groups)[0], 1), self.source.chunks[1])
+        rows, columns = (
+            axis.touched(extent, chunk)
+            for axis, extent, chunk in zip(self.axes, (height, width), self.source.chunks[2:], strict=True)
+        )
+        read = planes * rows * columns * dtypes.itemsize(p.x_dtype)
+        return read + _PER_TILE * count(p, block) + 2 * self.tile(block)
 
 
+@lru_cache(maxsize=4096)
 def _touched(extent: int, size: int, chunk: int) -> int:
     """As ``Axis.touched``, of an axis that has neither kernel nor border."""
     return Axis(extent, 1, extent, 0, 1, 1, "constant").touched(size, chunk) if extent else 0
@@ -266,46 +281,38 @@ def granule(problem: Conv2dProblem, chunks: Block) -> Block:
     return N, G, OH, OW
 
 
+def whole(problem: Conv2dProblem, block: Block, chunks: Block) -> bool:
+    """Whether tiles of ``block`` write whole chunks."""
+    extents = problem.N, problem.groups, problem.OH, problem.OW
+    units = granule(problem, chunks)
+    return all(size % unit == 0 or size == most for size, unit, most in zip(block, units, extents, strict=True))
+
+
 def choose(call: str, costs: Costs, limit: int) -> Block:
     """The tile that reads least in all, of whole chunks of the result, within ``limit`` bytes."""
     problem, chunks = costs.problem, costs.out.chunks
     least = granule(problem, chunks)
     needed = costs.total(least)
     if needed > limit:
-        whole = " that writes whole chunks of out" if max(least) > 1 and max(chunks) > 1 else ""
-        hint = ", or give out smaller chunks" if whole else ""
+        chunked = " that writes whole chunks of out" if max(least) > 1 and max(chunks) > 1 else ""
+        hint = ", or give out smaller chunks" if chunked else ""
         raise MemoryError(
-            f"{call}: the smallest tile{whole} ({' × '.join(map(str, part(problem, least).y_shape))}) needs {needed} "
+            f"{call}: the smallest tile{chunked} ({' × '.join(map(str, part(problem, least).y_shape))}) needs {needed} "
             f"bytes in all and workspace_limit is {limit}; raise it{hint}"
         )
     extents = problem.N, problem.groups, problem.OH, problem.OW
-    everything = costs.window(extents) + costs.result(extents)
-    most = min(_MOST, max(everything // _PIECES, _LEAST))
-
-    def fits(block: Block) -> bool:
-        if costs.total(block) > limit:
-            return False
-        return block == least or costs.window(block) + costs.result(block) <= most
-
-    best, lowest = least, costs.traffic(least)
     images, groups, rows, columns = (_shares(extent, size) for extent, size in zip(extents, least, strict=True))
-    for n, g, j in itertools.product(images, groups, columns):
-        for i in rows:  # from the most on
-            block = n, g, i, j
-            if fits(block):
-                cost = costs.traffic(block)
-                if cost < lowest:
-                    best, lowest = block, cost
-                break
-    return best
+    blocks = [(least[0], *rest) for rest in itertools.product(groups, rows, columns)]
+    blocks += [(n, *extents[1:]) for n in images]  # several images only whole
+    return min((block for block in blocks if costs.total(block) <= limit), key=costs.traffic)
 
 
 def _shares(extent: int, unit: int) -> list[int]:
-    """Extents, largest first, that cut an axis into 1, 2, 3, 4, 6, 8, 11, ... parts of whole units."""
+    """Extents, largest first, that cut an axis into 1, 2, 3, 4, 6, 9, 13, ... parts of whole units."""
     units = -(-extent // unit)
     found, parts = [], 1
     while parts < units:
         found.append(-(-units // parts) * unit)
-        parts = max(parts + 1, parts * 4 // 3)
+        parts = max(parts + 1, parts * 3 // 2)
     found.append(unit)
     return [min(size, max(extent, unit)) for size in dict.fromkeys(found)]
