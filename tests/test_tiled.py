@@ -12,6 +12,8 @@ import tracemalloc
 from dataclasses import replace
 from typing import Any
 
+import calls
+import fake_cupy
 import numpy as np
 import pytest
 import strategies
@@ -165,15 +167,15 @@ def test_every_shape_and_layout(form, counted):
 def test_every_kind_of_number(dtype):
     rng = np.random.default_rng(0)
     x, k = (rng.integers(0, 2 if dtype == "bool" else 7, shape).astype(dtype) for shape in ((70, 80), (3, 3)))
-    y = conv2d(x, k, padding=2, padding_mode="edge")
-    assert np.array_equal(tiled(x, k, limit=30_000, padding=2, padding_mode="edge"), y)
+    options = {"padding": 2, "padding_mode": "edge", "backend": "numpy"}
+    assert np.array_equal(tiled(x, k, limit=30_000, **options), conv2d(x, k, **options))
 
 
 def test_bfloat16():
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
     x, k = (noise(*shape).astype(ml_dtypes.bfloat16) for shape in ((70, 80), (3, 3)))
-    y = conv2d(x, k, padding=1, padding_value=0.3)
-    assert np.array_equal(bits(tiled(x, k, limit=40_000, padding=1, padding_value=0.3)), bits(y))
+    options = {"padding": 1, "padding_value": 0.3, "backend": "numpy.reference"}
+    assert np.array_equal(bits(tiled(x, k, limit=40_000, **options)), bits(conv2d(x, k, **options)))
 
 
 @pytest.mark.full
@@ -485,3 +487,23 @@ def test_a_gpu_that_is_not_there_is_said_once(monkeypatch):
         conv2d_tiled(noise(99, 99), noise(3, 3), np.zeros((97, 97), np.float32), device="cuda", workspace_limit=50_000)
     assert len(caught) == 1
     assert caught[0].filename == __file__
+
+
+ON_A_GPU = """
+import fake_cupy, numpy as np
+from gpuconv import conv2d, conv2d_tiled, explain
+rng = np.random.default_rng(0)
+x, k = (rng.integers(-3, 4, shape).astype("f") for shape in ((3, 90, 101), (16, 3, 3, 3)))
+options = {"padding": "same", "padding_mode": "reflect", "device": "cuda"}
+out = np.full((16, 90, 101), np.nan, "f")
+conv2d_tiled(x, k, out, workspace_limit=400_000, **options)
+assert np.array_equal(out, conv2d(x, k, **options))
+print(explain(x, k, **options).implementation)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(fake_cupy.compiler() is None, reason="no C++ compiler to run the CUDA C++ with")
+def test_tiles_on_a_stand_in_for_a_gpu():
+    """Every tile goes up and comes down by itself."""
+    assert calls.child(ON_A_GPU, GPUCONV_TEST_FAKE_CUPY="1", NUMBA_ENABLE_CUDASIM="1").strip() == "cupy.gemm"
