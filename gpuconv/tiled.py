@@ -71,7 +71,7 @@ dtype, precision, device, backend
     resume : bool or path, default False
         Keep a record of finished tiles in this file, or for True in one beside out's (``<name>.tiles.json``). A call
         that finds the record of the same call, killed or failed, goes on where that stopped; it is removed when all
-        is done. Only then is each tile flushed to the disk.
+        is done. Each tile is then flushed to the disk before it is recorded. One run at a time may use a record.
     progress : bool, default False
         Show a bar on stderr; needs rich.
 
@@ -93,8 +93,9 @@ dtype, precision, device, backend
 
     Notes
     -----
-    One implementation computes all tiles: the one that ``conv2d`` would run on the whole image, where it can. Integers
-    come out exactly as from ``conv2d``; floating-point results keep the promise of ``precision``.
+    One implementation computes all tiles: the one that ``conv2d`` would run on the whole image, where it can within the
+    limit. Integers come out exactly as from ``conv2d``; floating-point results keep the promise of ``precision``, and
+    at ``"highest"`` that implementation, if it is one of ``numba_cpu``, gives the same bits as in one call.
 
     A file whose writer was killed is as safe as its format. Memory maps and local Zarr stores lose nothing that was
     recorded; HDF5 gives no such promise for a file that was open.

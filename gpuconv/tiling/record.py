@@ -28,7 +28,6 @@ _NAMES = {
     "source": "the source",
     "source_state": "the source's file, which has changed since",
     "out": "out",
-    "stored": "the dtype that is stored",
     "implementation": "the implementation that runs",
     "version": "the version of gpuconv",
     "tile": "the tiles (by workspace_limit, or the chunks)",
