@@ -1,5 +1,6 @@
 """``python -m bench cpu`` and ``python -m bench gpu``, and ``python -m bench plot`` for a picture of an earlier run;
-``python -m bench kernels`` for what the CUDA kernels promise on paper.
+``python -m bench kernels`` for what the CUDA kernels promise on paper; ``python -m bench tiled`` for images larger than
+memory.
 
 The numerical libraries read their number of threads when they are imported, so nothing of them is imported here
 before the options are known.
@@ -175,6 +176,31 @@ def kernels(device: str, **options: Any) -> None:
     console = Console(width=None if os.isatty(1) else 200)
     paper.show_configurations(paper.configurations(options["dtype"]), console)
     paper.show_layers(rows, paper.DEVICES[device], console)
+
+
+@main.command()
+@click.option("--size", type=click.IntRange(600), default=20_000, show_default=True, help="Rows and columns.")
+@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="For the files.  [default: a new one]")
+@click.option("--workspace-limit", type=click.IntRange(1), default=256, show_default=True, metavar="MiB")
+@click.option("--json", "path", type=_FILE, help="Where the rows go.  [default: a new file in out/]")
+def tiled(size: int, folder: Path | None, workspace_limit: int, path: Path | None) -> None:
+    """An image from file to file, .npy and Zarr, through a 5×5 kernel: time and peak memory. Linux only.
+
+    Four times the image's bytes of free disk are needed; what is written there is deleted.
+    """
+    import json
+    import tempfile
+
+    from bench import record
+    from bench import tiled as driver
+
+    facts = record.machine()
+    with tempfile.TemporaryDirectory(prefix="gpuconv-tiled-", dir=folder) as there:
+        found = driver.run(Path(there), size, workspace_limit << 20, lambda line: click.echo(line, err=True))
+    path = path or Path("out") / f"bench-tiled-{datetime.now():%Y%m%d-%H%M%S}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": facts, "versions": record.versions()} | found, indent=1) + "\n")
+    click.echo(f"{len(found['rows'])} rows in {path}")
 
 
 def _draw(data: dict[str, Any], picture: Path) -> None:

@@ -1,8 +1,8 @@
 """2-D convolution for NumPy and CuPy arrays, on the GPU or the CPU.
 
 ``conv2d`` computes, ``conv_transpose2d``, ``conv1d``, ``unfold``, ``fold`` and ``grad`` are its relatives, ``Conv2d``
-is one prepared for many images. ``explain`` says what would run and why, ``info`` what this machine can do. Importing
-gpuconv loads neither Numba nor CuPy.
+is one prepared for many images, ``conv2d_tiled`` is for images larger than memory. ``explain`` says what would run and
+why, ``info`` what this machine can do. Importing gpuconv loads neither Numba nor CuPy.
 """
 
 import importlib
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gpuconv.one_dimension import conv1d
     from gpuconv.patches import fold, unfold
     from gpuconv.prepared import Conv2d
+    from gpuconv.tiled import conv2d_tiled
     from gpuconv.tracing import Trace, trace
     from gpuconv.transpose import conv_transpose2d
 
@@ -35,6 +36,7 @@ __all__ = [
     "clear",
     "conv1d",
     "conv2d",
+    "conv2d_tiled",
     "conv_transpose2d",
     "explain",
     "fold",
@@ -51,6 +53,7 @@ __all__ = [
 _LATER = {
     "Conv2d": "prepared",
     "conv1d": "one_dimension",
+    "conv2d_tiled": "tiled",
     "conv_transpose2d": "transpose",
     "fold": "patches",
     "unfold": "patches",

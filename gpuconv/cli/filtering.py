@@ -11,6 +11,7 @@ import click
 import numpy as np
 
 import gpuconv
+from gpuconv.cli import large
 from gpuconv.cli.base import EPILOG, cli, reported, say, where_options
 from gpuconv.filters import KERNELS, is_zero_sum, kernel_from
 
@@ -49,6 +50,7 @@ def as_text(rows: Any, divisor: int = 1) -> str:
 )
 @click.option("--signed", is_flag=True, help="Show a zero-sum kernel's sign: mid-grey is 0, and responses are halved.")
 @click.option("--gain", type=float, default=1.0, show_default=True, help="Multiply the response by this.")
+@large.options
 @where_options
 def filter_(
     photo: Path,
@@ -59,6 +61,9 @@ def filter_(
     gain: float,
     device: str | None,
     backend: str | None,
+    dtype: str | None,
+    workspace_limit: int | None,
+    resume: bool,
 ) -> None:
     """Filter a PHOTO with one kernel; the size stays.
 
@@ -70,11 +75,25 @@ def filter_(
 
     A kernel file holds rows of numbers: .npy, .txt or .csv (commas or blanks between the numbers), or .json (a list of
     lists). It is not turned: this is cross-correlation.
-    """
-    from gpuconv import pictures
 
+    Images of numbers, larger than memory if need be, go from .zarr, .npy or TIFF to .zarr, .npy or TIFF (which takes
+    the extra `zarr`): (H, W), (H, W, C) with up to 4 channels, or planes (..., H, W). The responses are stored as they
+    are: of integers rounded and clipped to their type, and said how many were clipped; --dtype float32 keeps all. From
+    TIFF to TIFF a picture is made unless the file is larger than 64 MiB or one of the options for numbers is given.
+    """
     if not math.isfinite(gain):
         raise click.UsageError(f"--gain must be a finite number; got {gain}")
+    if large.takes(photo, output, bool(dtype or workspace_limit is not None or resume)):
+        if signed:
+            raise click.UsageError("--signed is for pictures; numbers keep their sign with --dtype float32")
+        with reported():
+            facts = large.filter_numbers(
+                photo, kernel_from(kernel), output, padding_mode, gain, device, backend, dtype, workspace_limit, resume
+            )
+        click.echo(large.as_line(facts))
+        return
+    from gpuconv import pictures
+
     with reported():
         weights = kernel_from(kernel)
         pictures.format_for(output)  # before any work
