@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,10 @@ _PROMISES = {
 }
 
 
+_READY = "compiled"
+_NOT_READY = "to be compiled by the first call, which takes some seconds; `gpuconv warmup` does it ahead"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """One row of the table of implementations."""
@@ -32,9 +37,23 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The answer of ``explain``; printing it gives the report.
+    """The answer of ``explain``; printing it gives the report, ``to_dict`` the same for a program.
 
-    ``implementation`` is None when nothing can run the problem as asked. ``plan`` holds its chunks and scratch.
+    Attributes
+    ----------
+    problem : Conv2dProblem
+        The problem with names resolved; ``str(problem)`` is its line.
+    target : Target
+        Where it would run: ``target.device`` is ``"cpu"`` or ``"cuda"``, ``target.ordinal`` the number of the GPU.
+    implementation : str or None
+        What would run, as ``"library.algorithm"``; None when nothing can run the problem as asked.
+    plan : Plan or None
+        Its chunks and scratch: ``plan.detail`` says in words how it would go about it.
+    table : tuple of Verdict
+        Every implementation, best first: its ``name``, its ``device``, whether it is ``chosen``, and the ``reasons``
+        why it does not run (of the chosen one, why it does).
+    note : str or None
+        A fallback to the CPU, why nothing can run, or how host arrays reach the GPU.
     """
 
     problem: Conv2dProblem
@@ -74,6 +93,50 @@ class Explanation:
         """The dtype that products are summed in; None when nothing can run."""
         return None if self.plan is None else self.plan.sums_in
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report for a program: what ``gpuconv explain --json`` prints.
+
+        Returns
+        -------
+        dict
+            Of strings, numbers, booleans, None, lists and dicts: ``json.dumps`` takes it as it is. Its keys are listed
+            in ``docs/command-line.md``; later versions may add keys, and keep these.
+
+        Examples
+        --------
+        >>> explain((8, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3).to_dict()["output_shape"]
+        [8, 64, 112, 112]
+        """
+        p = self.problem
+        return {
+            "problem": str(p),
+            "op": p.op,
+            "implementation": self.implementation,
+            "device": str(self.target),
+            "output_shape": list(p.result_shape),
+            "output_dtype": p.y_dtype,
+            "layout": p.kernel_layout if p.op == "weight_grad" else p.layout,
+            "padding": [list(pads) for pads in p.padding],
+            "padding_mode": p.padding_mode,
+            "padding_value": _as_json(p.fill),
+            "flops": p.flops,
+            "products": p.products,
+            "bytes": p.bytes,
+            "workspace": self.workspace,
+            "accumulation": self.accumulation,
+            "how": None if self.plan is None else self.plan.detail,
+            "compiled": None
+            if self.plan is None or self.implementation is None
+            else _compiled(self.implementation, self.plan),
+            "precision": p.precision,
+            "promise": _PROMISES[p.precision],
+            "implementations": [
+                {"name": row.name, "device": row.device, "chosen": row.chosen, "reasons": list(row.reasons)}
+                for row in self.table
+            ],
+            "note": self.note,
+        }
+
     def __str__(self) -> str:
         p = self.problem
         pads = f"rows {p.padding[0]}, columns {p.padding[1]}, {p.padding_mode}"
@@ -93,8 +156,8 @@ class Explanation:
                 ("sums in", self.plan.sums_in),
                 ("how", self.plan.detail),
             ]
-            if self.implementation is not None and (told := _compiling(self.implementation, self.plan)):
-                rows.append(("kernel", told))
+            if self.implementation is not None and (ready := _compiled(self.implementation, self.plan)) is not None:
+                rows.append(("kernel", _READY if ready else _NOT_READY))
         rows.append(("precision", f"{p.precision}: {_PROMISES[p.precision]}"))
         lines = [f"{name:<10} {value}" for name, value in rows]
         lines += ["", "implementations, best first"]
@@ -108,17 +171,20 @@ class Explanation:
         return "\n".join(lines)
 
 
-def _compiling(name: str, plan: Plan) -> str | None:
-    """Whether the first call has to wait for a kernel to be compiled; None where nothing of the kind is needed."""
+def _as_json(value: complex) -> int | float | str:
+    """A number as JSON has it; text for NaN, infinities and complex numbers, which it has not."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else str(value)
+
+
+def _compiled(name: str, plan: Plan) -> bool | None:
+    """Whether the kernels are compiled already; None where there are none to compile."""
     implementation: Any = dispatch.implementation(name)
     if not hasattr(implementation, "kernel_name"):
         return None
     from gpuconv.backends.numba_cpu import runtime
 
     parts = [part for _, part in plan.config["parts"]] if "parts" in plan.config else [plan]
-    if all(runtime.is_ready(implementation.kernel_name(part)) for part in parts):
-        return "compiled"
-    return "to be compiled by the first call, which takes some seconds; `gpuconv warmup` does it ahead"
+    return all(runtime.is_ready(implementation.kernel_name(part)) for part in parts)
 
 
 def _sizes(p: Conv2dProblem) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from gpuconv import diagnosis, dispatch, quick
 from gpuconv._version import __version__
@@ -16,19 +17,70 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Info:
-    """The answer of ``info``; printing it gives the report."""
+    """The answer of ``info``; printing it gives the report, ``to_dict`` the same for a program.
+
+    Attributes
+    ----------
+    versions : dict of str to str
+        The packages found that matter here, and their versions.
+    gpus : tuple of str
+        The usable GPUs, each with its ordinal, name and compute capability.
+    kernels : str
+        The CPU's compiled kernels: for which registers, on how many threads, and where they are kept.
+    implementations : dict of str to str or None
+        Each implementation by its name: None where it is usable, else why not and the remedy.
+    mismatches : tuple of str
+        What does not fit together on a CUDA machine, each with its remedy.
+    """
 
     versions: dict[str, str]
     gpus: tuple[str, ...]
-    kernels: str  # the CPU's compiled kernels: for which registers, on how many threads, kept where
-    implementations: dict[str, str | None]  # name -> None when usable, else why not and the remedy
-    mismatches: tuple[str, ...] = ()  # what does not fit together on a CUDA machine, each with its remedy
+    kernels: str
+    implementations: dict[str, str | None]
+    mismatches: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """The report for a program: what ``gpuconv info --json`` prints.
+
+        Returns
+        -------
+        dict
+            Of strings, numbers, booleans, None, lists and dicts: ``json.dumps`` takes it as it is. Its keys are listed
+            in ``docs/command-line.md``; later versions may add keys, and keep these.
+
+        Examples
+        --------
+        >>> [row["usable"] for row in info().to_dict()["implementations"] if row["name"] == "numpy.reference"]
+        [True]
+        """
         import platform
 
-        lines = [f"gpuconv {__version__}, Python {platform.python_version()}, {platform.platform()}"]
-        lines += ["CPU: " + (platform.processor() or platform.machine()) + f", {os.cpu_count()} threads"]
+        return {
+            "gpuconv": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpu": platform.processor() or platform.machine(),
+            "cpu_threads": os.cpu_count(),
+            "cpu_kernels": self.kernels,
+            "gpus": list(self.gpus),
+            "mismatches": list(self.mismatches),
+            "packages": dict(self.versions),
+            "implementations": [
+                {
+                    "name": name,
+                    "device": dispatch.DEVICES[dispatch.library_of(name)],
+                    "usable": reason is None,
+                    "experimental": dispatch.is_experimental(name),
+                    "reason": reason,
+                }
+                for name, reason in self.implementations.items()
+            ],
+        }
+
+    def __str__(self) -> str:
+        said = self.to_dict()
+        lines = [f"gpuconv {said['gpuconv']}, Python {said['python']}, {said['platform']}"]
+        lines += [f"CPU: {said['cpu']}, {said['cpu_threads']} threads"]
         lines += ["CPU kernels: " + self.kernels]
         lines += [f"GPU: {gpu}" for gpu in self.gpus] or ["GPU: none usable"]
         lines += [f"Mismatch: {sentence}" for sentence in self.mismatches]
@@ -36,10 +88,9 @@ class Info:
         lines += [f"  {name:<21} {version}" for name, version in self.versions.items()]
         lines += ["", "Implementations, best first per device"]
         width = max(map(len, self.implementations))
-        for name, reason in self.implementations.items():
-            device = dispatch.DEVICES[dispatch.library_of(name)]
-            ready = "ready, by its name only: experimental" if dispatch.is_experimental(name) else "ready"
-            lines.append(f"  {name:<{width}}  {device:<4}  {ready if reason is None else reason}")
+        for row in said["implementations"]:
+            ready = "ready, by its name only: experimental" if row["experimental"] else "ready"
+            lines.append(f"  {row['name']:<{width}}  {row['device']:<4}  {ready if row['usable'] else row['reason']}")
         return "\n".join(lines)
 
 
@@ -51,6 +102,11 @@ def info() -> Info:
     Info
         Versions of the libraries found, the GPUs, what does not fit together, and each implementation with its state.
         ``print`` it.
+
+    Examples
+    --------
+    >>> print(info())  # doctest: +ELLIPSIS
+    gpuconv ...
     """
     from importlib import metadata  # slow to import, and needed here alone
 
