@@ -116,8 +116,8 @@ def json_option(command: _Command) -> _Command:
 
 
 def print_json(fields: dict[str, Any]) -> None:
-    """Print ``fields`` as one JSON object; in ASCII, which every terminal and pipe carries unchanged."""
-    click.echo(json.dumps(fields, indent=2, allow_nan=False))
+    """Print ``fields`` as one JSON object on one line; in ASCII, which every terminal and pipe carries unchanged."""
+    click.echo(json.dumps(fields, allow_nan=False))
 
 
 EPILOG = (

@@ -70,11 +70,13 @@ def _steps(text: str) -> Any:
 @click.option("--precision", metavar="LEVEL", help="highest, high or medium.")
 @click.option("--dtype", "input_dtype", metavar="DTYPE", help="Of input and kernel.  [default: float32]")
 @click.option("--result-dtype", "dtype", metavar="DTYPE", help="Of the result.  [default: follows from --dtype]")
+@click.option("--op", metavar="OP", help="forward, transpose, input_grad or weight_grad.  [default: forward]")
+@click.option("--output-padding", type=_steps, metavar="N|N,N", help="Of --op transpose.")
 @click.option("--workspace-limit", type=int, metavar="BYTES", help="Scratch memory.")
 @where_options
 @json_option
 def explain(problem: str | None, x_shape: Any, k_shape: Any, as_json: bool, **options: Any) -> None:
-    """Say what conv2d would run, and why.
+    """Say what conv2d, or with --op one of its relatives, would run, and why.
 
     Either a PROBLEM as the library prints it, such as n8c3h224w224_o64kh7kw7_s2p3_f32, or the shapes --x and --k with
     any other options. Nothing is computed.
