@@ -27,12 +27,24 @@ _NOT_READY = "to be compiled by the first call, which takes some seconds; `gpuco
 
 @dataclass(frozen=True)
 class Verdict:
-    """One row of the table of implementations."""
+    """One row of the table of implementations.
+
+    Attributes
+    ----------
+    name : str
+        The implementation, as ``"library.algorithm"``.
+    device : str
+        ``"cpu"`` or ``"cuda"``.
+    chosen : bool
+        Whether it is the one that would run.
+    reasons : tuple of str
+        Why it does not run, or of the chosen one, why it does.
+    """
 
     name: str
     device: str
     chosen: bool
-    reasons: tuple[str, ...]  # why it does not run; of the chosen one, why it does
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -234,6 +246,14 @@ def explain(
         as a problem line such as ``"n8c3h224w224_o64kh7kw7_s2p3_f32"``.
     bias : array_like or bool, optional
         As for ``conv2d``; True stands for a bias that is not at hand.
+    stride, padding, dilation, groups, padding_mode, padding_value, flip, layout, kernel_layout, activation, \
+x_zero_point, k_zero_point, dtype, precision, out
+        As for ``conv2d``. ``out`` changes nothing.
+    device : str, optional
+        As for ``conv2d``. With ``"cuda"`` on a machine without a GPU the report lists what is missing, and still says
+        what every CUDA implementation thinks of the problem.
+    backend, workspace_limit, stream
+        As for ``conv2d``. ``stream`` changes nothing.
     input_dtype : dtype, default "float32"
         Of arguments given as shapes.
     op : {"forward", "transpose", "input_grad", "weight_grad"}
@@ -241,12 +261,6 @@ def explain(
         ``"transpose"`` the arguments are those of ``conv_transpose2d``.
     output_padding : int or (rows, columns), default 0
         As for ``conv_transpose2d``.
-    device : str, optional
-        As for ``conv2d``. With ``"cuda"`` on a machine without a GPU the report lists what is missing, and still says
-        what every CUDA implementation thinks of the problem.
-    stride, padding, dilation, groups, padding_mode, padding_value, flip, layout, kernel_layout, activation, \
-x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, stream
-        As for ``conv2d``. ``out`` and ``stream`` change nothing.
 
     Returns
     -------
@@ -261,8 +275,13 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
 
     Examples
     --------
-    >>> explain((8, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3).output_shape
-    (8, 64, 112, 112)
+    >>> report = explain((8, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3)
+    >>> report.output_shape, report.flops
+    ((8, 64, 112, 112), 1888223232)
+    >>> print(report)
+    problem    n8c3h224w224_o64kh7kw7_s2p3_f32
+    runs       ... on cpu
+    ...
     """
     call = "explain"
     home = None

@@ -98,10 +98,12 @@ class Trace:
     ----------
     x, k : numpy.ndarray
         The operands, in the type that the products are summed in; read-only.
-    stride, dilation : (int, int)
-        Per axis.
+    stride : (int, int)
+        Step of the window, per axis.
     padding : ((top, bottom), (left, right))
         The padding, resolved.
+    dilation : (int, int)
+        Spacing of the kernel's taps, per axis.
     output : numpy.ndarray, shape (OH, OW)
         The result; read-only.
     steps : tuple of Step
@@ -123,7 +125,23 @@ class Trace:
         return rows, columns
 
     def step(self, i: int, j: int) -> Step:
-        """The step that makes output (i, j)."""
+        """The step that makes output (i, j).
+
+        Parameters
+        ----------
+        i, j : int
+            Row and column of the output.
+
+        Returns
+        -------
+        Step
+            Its patch, products and sum; ``print`` it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            When i or j is no integer, or not a row or column of the output.
+        """
         rows, columns = self.shape
         i = geometry.as_integer("Trace.step", "i", i, 0, rows)
         j = geometry.as_integer("Trace.step", "j", j, 0, columns)
@@ -181,10 +199,12 @@ def trace(x: npt.ArrayLike, k: npt.ArrayLike, stride: Any = 1, padding: Any = 0,
         The input.
     k : array_like, shape (KH, KW)
         The kernel.
-    stride, dilation : int or (rows, columns), default 1
-        Step of the window, and spacing of the kernel's taps.
+    stride : int or (rows, columns), default 1
+        Step of the window.
     padding : int, (rows, columns), ((top, bottom), (left, right)) or str, default 0
         Zeros around the input, or a name that ``conv2d`` takes.
+    dilation : int or (rows, columns), default 1
+        Spacing of the kernel's taps.
 
     Returns
     -------
