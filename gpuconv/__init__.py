@@ -17,7 +17,7 @@ from gpuconv.problem import Conv2dProblem
 if TYPE_CHECKING:
     from gpuconv import grad
     from gpuconv.explanation import Explanation, explain
-    from gpuconv.machine import clear, info
+    from gpuconv.machine import Info, clear, info
     from gpuconv.one_dimension import conv1d
     from gpuconv.patches import fold, unfold
     from gpuconv.prepared import Conv2d
@@ -30,6 +30,7 @@ __all__ = [
     "Conv2dProblem",
     "DeviceFallbackWarning",
     "Explanation",
+    "Info",
     "NoBackendError",
     "Trace",
     "__version__",
@@ -60,6 +61,7 @@ _LATER = {
     "Explanation": "explanation",
     "explain": "explanation",
     "clear": "machine",
+    "Info": "machine",
     "info": "machine",
     "Trace": "tracing",
     "trace": "tracing",

@@ -50,11 +50,14 @@ def conv2d(
         (KH, KW) or (O, KH, KW) for a two-dimensional x, else (O, C // groups, KH, KW), in ``kernel_layout``'s order.
     bias : array_like of shape (O,), optional
         Added to each output channel. It is cast to the result's dtype.
-    stride, dilation : int or (rows, columns), default 1
-        Step of the window, and spacing of the kernel's taps, in pixels.
+    stride : int or (rows, columns), default 1
+        Step of the window, in pixels.
     padding : int, (rows, columns), ((top, bottom), (left, right)) or str, default 0
-        Pixels added around x, or ``"valid"``, ``"same"`` (``ceil(H / stride)`` outputs, the odd pixel at the end),
-        ``"same_upper"``, ``"same_lower"``, ``"full"``.
+        Pixels added around x. Or a name: ``"valid"`` adds none; ``"same"`` or ``"same_upper"`` as many as give
+        ``ceil(H / stride)`` outputs, the odd pixel at the end; ``"same_lower"`` the same with the odd pixel at the
+        start; ``"full"`` adds ``dilation · (KH - 1)`` on every side, so that each pixel meets each tap.
+    dilation : int or (rows, columns), default 1
+        Spacing of the kernel's taps, in pixels; 1 is a dense kernel.
     groups : int, default 1
         Groups of channels convolved separately; ``groups = C`` is a depthwise convolution.
     padding_mode : str, default "constant"
@@ -77,17 +80,21 @@ def conv2d(
         dtype where the other is an integer, int32 for two 8-bit integers, else int64. 16-bit floats are summed in
         float32 and rounded once.
     precision : {"highest", "high", "medium"}
-        The promise on float32 results. ``"highest"``: every element within the a-priori bound of a float32 sum.
+        The promise on float32 results. ``"highest"``: every element within the a-priori bound of a float32 sum,
+        ``γ_K·Σ|x||k|`` for K products. ``"high"`` and ``"medium"``: ``‖error‖₂ ≤ ε · ‖ |x| ∗ |k| ‖₂`` with ε = 2e-5 and
+        1e-3, which allows faster algorithms; NaN and infinities may spread further. Other dtypes are always at highest.
     out : array, optional
         Where to write the result; of its shape, dtype and device, and apart from x, k and bias in memory.
     device : {None, "cpu", "cuda", "cuda:<ordinal>", "auto"}
         Where to compute; None is where x lives. The result returns to x's device in any case.
     backend : str, optional
-        A library (``"numpy"``, ``"cupy"``, ``"numba_cuda"``) or an implementation (``"cupy.gemm"``) to force.
+        A library (``"numpy"``, ``"numba_cpu"``, ``"cupy"``, ``"numba_cuda"``) or an implementation (``"cupy.gemm"``)
+        to force. It never falls back.
     workspace_limit : int, optional
         Bytes of scratch beyond operands and result; default 256 MiB.
     stream : CUDA stream, optional
-        Where GPU work is ordered; default: the current stream of x's library.
+        Where GPU work is ordered, as the library's own object or its address; default: the current stream of x's
+        library.
 
     Returns
     -------
@@ -136,6 +143,18 @@ def conv2d(
     array([[-60., -60., -60.],
            [-60., -60., -60.],
            [-60., -60., -60.]])
+
+    A batch of eight colour images through sixteen kernels:
+
+    >>> photos, kernels = np.zeros((8, 3, 64, 64), np.float32), np.zeros((16, 3, 3, 3), np.float32)
+    >>> conv2d(photos, kernels, stride=2, padding="same").shape
+    (8, 16, 32, 32)
+
+    Each channel of one image with the same 3×3 blur:
+
+    >>> blur = np.broadcast_to(np.float32(1 / 9), (3, 1, 3, 3))
+    >>> conv2d(photos[0], blur, padding=1, padding_mode="reflect", groups=3).shape
+    (3, 64, 64)
     """
     call = "conv2d"
     key = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,21 +21,51 @@ _PROMISES = {
 }
 
 
+_READY = "compiled"
+_NOT_READY = "to be compiled by the first call, which takes some seconds; `gpuconv warmup` does it ahead"
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """One row of the table of implementations."""
+    """One row of the table of implementations.
+
+    Attributes
+    ----------
+    name : str
+        The implementation, as ``"library.algorithm"``.
+    device : str
+        ``"cpu"`` or ``"cuda"``.
+    chosen : bool
+        Whether it is the one that would run.
+    reasons : tuple of str
+        Why it does not run, or of the chosen one, why it does.
+    """
 
     name: str
     device: str
     chosen: bool
-    reasons: tuple[str, ...]  # why it does not run; of the chosen one, why it does
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The answer of ``explain``; printing it gives the report.
+    """The answer of ``explain``; printing it gives the report, ``to_dict`` the same for a program.
 
-    ``implementation`` is None when nothing can run the problem as asked. ``plan`` holds its chunks and scratch.
+    Attributes
+    ----------
+    problem : Conv2dProblem
+        The problem with names resolved; ``str(problem)`` is its line.
+    target : Target
+        Where it would run: ``target.device`` is ``"cpu"`` or ``"cuda"``, ``target.ordinal`` the number of the GPU.
+    implementation : str or None
+        What would run, as ``"library.algorithm"``; None when nothing can run the problem as asked.
+    plan : Plan or None
+        Its chunks and scratch: ``plan.detail`` says in words how it would go about it.
+    table : tuple of Verdict
+        Every implementation, best first: its ``name``, its ``device``, whether it is ``chosen``, and the ``reasons``
+        why it does not run (of the chosen one, why it does).
+    note : str or None
+        A fallback to the CPU, why nothing can run, or how host arrays reach the GPU.
     """
 
     problem: Conv2dProblem
@@ -75,6 +106,50 @@ class Explanation:
         """The dtype that products are summed in; None when nothing can run."""
         return None if self.plan is None else self.plan.sums_in
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report for a program: what ``gpuconv explain --json`` prints.
+
+        Returns
+        -------
+        dict
+            Of strings, numbers, booleans, None, lists and dicts: ``json.dumps`` takes it as it is. Its keys are listed
+            in ``docs/command-line.md``; later versions may add keys, and keep these.
+
+        Examples
+        --------
+        >>> explain((8, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3).to_dict()["output_shape"]
+        [8, 64, 112, 112]
+        """
+        p = self.problem
+        return {
+            "problem": str(p),
+            "op": p.op,
+            "implementation": self.implementation,
+            "device": str(self.target),
+            "output_shape": list(p.result_shape),
+            "output_dtype": p.y_dtype,
+            "layout": p.kernel_layout if p.op == "weight_grad" else p.layout,
+            "padding": [list(pads) for pads in p.padding],
+            "padding_mode": p.padding_mode,
+            "padding_value": _as_json(p.fill),
+            "flops": p.flops,
+            "products": p.products,
+            "bytes": p.bytes,
+            "workspace": self.workspace,
+            "accumulation": self.accumulation,
+            "how": None if self.plan is None else self.plan.detail,
+            "compiled": None
+            if self.plan is None or self.implementation is None
+            else _compiled(self.implementation, self.plan),
+            "precision": p.precision,
+            "promise": _PROMISES[p.precision],
+            "implementations": [
+                {"name": row.name, "device": row.device, "chosen": row.chosen, "reasons": list(row.reasons)}
+                for row in self.table
+            ],
+            "note": self.note,
+        }
+
     def _fields(self) -> list[tuple[str, str]]:
         p = self.problem
         pads = f"rows {p.padding[0]}, columns {p.padding[1]}, {p.padding_mode}"
@@ -94,8 +169,8 @@ class Explanation:
                 ("sums in", self.plan.sums_in + (", exactly" if dtypes.is_integer(p.y_dtype) else "")),
                 ("how", self.plan.detail),
             ]
-            if self.implementation is not None and (told := _compiling(self.implementation, self.plan)):
-                rows.append(("kernel", told))
+            if self.implementation is not None and (ready := _compiled(self.implementation, self.plan)) is not None:
+                rows.append(("kernel", _READY if ready else _NOT_READY))
         rows.append(("precision", f"{p.precision}: {_PROMISES[p.precision]}"))
         return rows
 
@@ -123,17 +198,20 @@ class Explanation:
         return notebook.block(*parts, *([notebook.paragraph(self.note)] if self.note else []))
 
 
-def _compiling(name: str, plan: Plan) -> str | None:
-    """Whether the first call has to wait for a kernel to be compiled; None where nothing of the kind is needed."""
+def _as_json(value: complex) -> int | float | str:
+    """A number as JSON has it; text for NaN, infinities and complex numbers, which it has not."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else str(value)
+
+
+def _compiled(name: str, plan: Plan) -> bool | None:
+    """Whether the kernels are compiled already; None where there are none to compile."""
     implementation: Any = dispatch.implementation(name)
     if not hasattr(implementation, "kernel_name"):
         return None
     from gpuconv.backends.numba_cpu import runtime
 
     parts = [part for _, part in plan.config["parts"]] if "parts" in plan.config else [plan]
-    if all(runtime.is_ready(implementation.kernel_name(part)) for part in parts):
-        return "compiled"
-    return "to be compiled by the first call, which takes some seconds; `gpuconv warmup` does it ahead"
+    return all(runtime.is_ready(implementation.kernel_name(part)) for part in parts)
 
 
 def _sizes(p: Conv2dProblem) -> str:
@@ -184,6 +262,14 @@ def explain(
         largest blocks is explained.
     bias : array_like or bool, optional
         As for ``conv2d``; True stands for a bias that is not at hand.
+    stride, padding, dilation, groups, padding_mode, padding_value, flip, layout, kernel_layout, activation, \
+x_zero_point, k_zero_point, dtype, precision, out
+        As for ``conv2d``. ``out`` changes nothing.
+    device : str, optional
+        As for ``conv2d``. With ``"cuda"`` on a machine without a GPU the report lists what is missing, and still says
+        what every CUDA implementation thinks of the problem.
+    backend, workspace_limit, stream
+        As for ``conv2d``. ``stream`` changes nothing.
     input_dtype : dtype, default "float32"
         Of arguments given as shapes.
     op : {"forward", "transpose", "input_grad", "weight_grad"}
@@ -191,12 +277,6 @@ def explain(
         ``"transpose"`` the arguments are those of ``conv_transpose2d``.
     output_padding : int or (rows, columns), default 0
         As for ``conv_transpose2d``.
-    device : str, optional
-        As for ``conv2d``. With ``"cuda"`` on a machine without a GPU the report lists what is missing, and still says
-        what every CUDA implementation thinks of the problem.
-    stride, padding, dilation, groups, padding_mode, padding_value, flip, layout, kernel_layout, activation, \
-x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, stream
-        As for ``conv2d``. ``out`` and ``stream`` change nothing.
 
     Returns
     -------
@@ -211,8 +291,13 @@ x_zero_point, k_zero_point, dtype, precision, out, backend, workspace_limit, str
 
     Examples
     --------
-    >>> explain((8, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3).output_shape
-    (8, 64, 112, 112)
+    >>> report = explain((8, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3)
+    >>> report.output_shape, report.flops
+    ((8, 64, 112, 112), 1888223232)
+    >>> print(report)
+    problem    n8c3h224w224_o64kh7kw7_s2p3_f32
+    runs       ... on cpu
+    ...
     """
     call = "explain"
     home = blocks = None

@@ -154,9 +154,12 @@ def output_size(n: int, k: int, padding: int | Pair | str = 0, stride: int = 1, 
     n, k : int
         Extent of the input and of the kernel, in elements.
     padding : int, (before, after) or str, default 0
-        Elements added on each side, or ``"valid"``, ``"same"``, ``"same_upper"``, ``"same_lower"``, ``"full"``.
-    stride, dilation : int, default 1
-        Step of the window, and spacing of the kernel's taps.
+        Elements added on each side, or ``"valid"``, ``"same"``, ``"same_upper"``, ``"same_lower"``, ``"full"``, with
+        the meaning they have for ``conv2d``.
+    stride : int, default 1
+        Step of the window, in elements.
+    dilation : int, default 1
+        Spacing of the kernel's taps, in elements.
 
     Returns
     -------
@@ -216,12 +219,12 @@ def receptive_field(layers: Iterable[int | Sequence[int]]) -> int:
     Parameters
     ----------
     layers : iterable of int, (k,), (k, stride) or (k, stride, dilation)
-        The layers from input to output.
+        The layers from input to output: the kernel's extent, and where they are not 1 its stride and dilation.
 
     Returns
     -------
     int
-        ``1 + Σ_l dilation_l·(k_l - 1)·Π_{m<l} stride_m``.
+        ``1 + Σ_l dilation_l·(k_l - 1)·Π_{m<l} stride_m``, in elements of the input; 1 without layers.
 
     Raises
     ------
@@ -230,8 +233,10 @@ def receptive_field(layers: Iterable[int | Sequence[int]]) -> int:
 
     Examples
     --------
-    >>> receptive_field([(3, 1, 1), (3, 1, 1)])
+    >>> receptive_field([3, 3])  # two layers of 3 see what one of 5 sees
     5
+    >>> receptive_field([(7, 2), (3, 2), 3])  # with strides
+    19
     """
     call = "receptive_field"
     if not isinstance(layers, Iterable) or isinstance(layers, (str, bytes)):
@@ -256,8 +261,10 @@ def parameter_count(
 
     Parameters
     ----------
-    out_channels, in_channels : int
-        Filters, and channels of the input.
+    out_channels : int
+        Filters, each of which makes one channel of the result.
+    in_channels : int
+        Channels of the input, all groups together.
     kernel_size : int or (KH, KW)
         Extent of the kernel.
     groups : int, default 1
@@ -279,6 +286,8 @@ def parameter_count(
     --------
     >>> parameter_count(64, 3, 3)
     1792
+    >>> parameter_count(32, 32, 3, groups=32, bias=False)  # depthwise
+    288
     """
     call = "parameter_count"
     out_channels = as_integer(call, "out_channels", out_channels, 1, None)

@@ -189,7 +189,7 @@ def conv2d_bias(
 ) -> Any:
     """The gradient of a convolution in its bias: the sum of ``grad_output`` over images and pixels.
 
-    It is the weight gradient of a 1×1 convolution of a constant image of ones, and runs as that.
+    ``db[o] = Σ_nij grad_output[n,o,i,j]``
 
     Parameters
     ----------
@@ -207,6 +207,13 @@ def conv2d_bias(
     ------
     TypeError, ValueError
         For an argument of the wrong kind or value, before anything is allocated.
+    NoBackendError, MemoryError
+        As ``conv2d``.
+
+    Notes
+    -----
+    It is the weight gradient of a 1×1 convolution of a constant image of ones, and runs as that: each element sums
+    ``N · OH · OW`` numbers.
 
     Examples
     --------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from gpuconv import diagnosis, dispatch, quick
 from gpuconv._version import __version__
@@ -16,13 +17,65 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Info:
-    """The answer of ``info``; printing it gives the report."""
+    """The answer of ``info``; printing it gives the report, ``to_dict`` the same for a program.
+
+    Attributes
+    ----------
+    versions : dict of str to str
+        The packages found that matter here, and their versions.
+    gpus : tuple of str
+        The usable GPUs, each with its ordinal, name and compute capability.
+    kernels : str
+        The CPU's compiled kernels: for which registers, on how many threads, and where they are kept.
+    implementations : dict of str to str or None
+        Each implementation by its name: None where it is usable, else why not and the remedy.
+    mismatches : tuple of str
+        What does not fit together on a CUDA machine, each with its remedy.
+    """
 
     versions: dict[str, str]
     gpus: tuple[str, ...]
-    kernels: str  # the CPU's compiled kernels: for which registers, on how many threads, kept where
-    implementations: dict[str, str | None]  # name -> None when usable, else why not and the remedy
-    mismatches: tuple[str, ...] = ()  # what does not fit together on a CUDA machine, each with its remedy
+    kernels: str
+    implementations: dict[str, str | None]
+    mismatches: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for a program: what ``gpuconv info --json`` prints.
+
+        Returns
+        -------
+        dict
+            Of strings, numbers, booleans, None, lists and dicts: ``json.dumps`` takes it as it is. Its keys are listed
+            in ``docs/command-line.md``; later versions may add keys, and keep these.
+
+        Examples
+        --------
+        >>> [row["usable"] for row in info().to_dict()["implementations"] if row["name"] == "numpy.reference"]
+        [True]
+        """
+        import platform
+
+        return {
+            "gpuconv": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpu": platform.processor() or platform.machine(),
+            "cpu_threads": os.cpu_count(),
+            "cpu_kernels": self.kernels,
+            "gpus": list(self.gpus),
+            "mismatches": list(self.mismatches),
+            "packages": dict(self.versions),
+            "implementations": [
+                {
+                    "name": name,
+                    "device": dispatch.DEVICES[dispatch.library_of(name)],
+                    "usable": reason is None,
+                    "experimental": dispatch.is_experimental(name),
+                    "reason": reason,
+                }
+                for name, reason in self.implementations.items()
+            ],
+        }
 
     def __str__(self) -> str:
         lines = [_programs(), *(f"{name}: {value}" for name, value in self._fields())]
@@ -75,6 +128,11 @@ def info() -> Info:
     Info
         Versions of the libraries found, the GPUs, what does not fit together, and each implementation with its state.
         ``print`` it.
+
+    Examples
+    --------
+    >>> print(info())
+    gpuconv ...
     """
     from importlib import metadata  # slow to import, and needed here alone
 
@@ -128,6 +186,12 @@ def _gpus() -> list[str]:
 def clear() -> None:
     """Release cached plans, compiled kernels' handles, every ``Conv2d``'s packed and uploaded kernels, the page-locked
     memory through which NumPy arrays reach a GPU, and what CuPy's pools hold free.
+
+    Nothing but time is lost: the next call makes again what it needs. Arrays that are in use stay as they are.
+
+    Examples
+    --------
+    >>> clear()
     """
     dispatch.choose.cache_clear()
     quick.clear()

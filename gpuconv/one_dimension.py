@@ -51,16 +51,19 @@ def conv1d(
         (K,) for a one-dimensional x, else (O, C // groups, K), in ``kernel_layout``'s order.
     bias : array_like of shape (O,), optional
         Added to each output channel.
-    stride, dilation : int, default 1
-        Step of the window, and spacing of the kernel's taps.
+    stride : int, default 1
+        Step of the window, in elements.
     padding : int, (before, after) or str, default 0
         Elements added on each side, or a name as for ``conv2d``.
+    dilation : int, default 1
+        Spacing of the kernel's taps, in elements.
+    groups, padding_mode, padding_value, flip
+        As for ``conv2d``.
     layout : {"NCL", "NLC"}
         Whether channels come before or after the elements, in x and in the result.
     kernel_layout : {"OIK", "KIO", "OKI"}
         The order of k's axes.
-    groups, padding_mode, padding_value, flip, activation, x_zero_point, k_zero_point, dtype, precision, out, device, \
-backend, workspace_limit, stream
+    activation, x_zero_point, k_zero_point, dtype, precision, out, device, backend, workspace_limit, stream
         As for ``conv2d``.
 
     Returns

@@ -31,8 +31,12 @@ def unfold(
         (C, H, W) or (N, C, H, W).
     kernel_size : int or (rows, columns)
         Extent of the window.
-    dilation, padding, stride
-        As for ``conv2d``; the order of arguments is that of ``torch.nn.functional.unfold``.
+    dilation : int or (rows, columns), default 1
+        Spacing of the window's pixels.
+    padding : int, (rows, columns), ((top, bottom), (left, right)) or str, default 0
+        Zeros around x, or a name, as for ``conv2d``.
+    stride : int or (rows, columns), default 1
+        Step of the window. The order of arguments is that of ``torch.nn.functional.unfold``.
     out, device, backend, workspace_limit, stream
         As for ``conv2d``.
 
@@ -45,6 +49,8 @@ def unfold(
     ------
     TypeError, ValueError
         For an argument of the wrong kind or value, before anything is allocated.
+    NoBackendError, MemoryError
+        As ``conv2d``.
 
     Notes
     -----
@@ -86,6 +92,10 @@ def fold(
 ) -> Any:
     """The adjoint of ``unfold``: every column is added back to where it came from (col2im).
 
+    ``x[n,c,h,w] = Σ_pq columns[n, (c·KH + p)·KW + q, i·OW + j]`` over the i, j with ``i·s + p·d - pad = h`` and
+    ``j·s + q·d - pad = w``. What was read from the padding is dropped. It does not undo ``unfold``, which counts a
+    pixel once for each window that reads it: divide by ``fold`` of ones for that.
+
     Parameters
     ----------
     columns : array_like
@@ -107,6 +117,8 @@ def fold(
     ------
     TypeError, ValueError
         For an argument of the wrong kind or value, before anything is allocated.
+    NoBackendError, MemoryError
+        As ``conv2d``.
 
     Notes
     -----

@@ -105,7 +105,29 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
         _live.add(self)
 
     def __call__(self, x: Any, out: Any = None, stream: Any = None) -> Any:
-        """Convolve ``x``; ``out`` and ``stream`` as for ``conv2d``."""
+        """Convolve ``x``: ``conv2d`` with the kernel and the options of this object.
+
+        Parameters
+        ----------
+        x : array_like
+            As for ``conv2d``; images may differ in size, dtype and device from call to call.
+        out : array, optional
+            Where to write the result.
+        stream : CUDA stream, optional
+            Where GPU work is ordered.
+
+        Returns
+        -------
+        array
+            As ``conv2d``, and with the same bits.
+
+        Raises
+        ------
+        TypeError, ValueError
+            When ``x`` or ``out`` does not fit the kernel and the options.
+        NoBackendError, MemoryError
+            As ``conv2d``.
+        """
         call = "Conv2d"
         key = None
         if type(x) is np.ndarray and out is None and stream is None and self._repeats:

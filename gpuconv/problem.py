@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from gpuconv import dtypes, geometry, layouts
 from gpuconv.geometry import Pads, Pair
+from gpuconv.padding_value import checked
 
 ACTIVATIONS = (None, "relu")
 PRECISIONS = ("highest", "high", "medium")
@@ -45,11 +45,55 @@ class Conv2dProblem:
     fold           such windows                    their sums, in the form of x
     =============  ==============  ==============  ======
 
-    Extents are those of the four-dimensional form (N, C, H, W) whatever the caller's layout; ``C`` counts all
-    channels of x, each group of the kernel sees ``C // groups`` of them. ``padding`` is resolved to
-    ((top, bottom), (left, right)); it may be negative, a crop, in the parts that an input gradient is made of.
-    ``x_dtype``, ``k_dtype`` and ``y_dtype`` are those of the first operand, the second and the result. With
-    ``conjugate`` the operand that is not a gradient is conjugated, as the adjoint of a complex convolution asks.
+    It holds no arrays: ``of`` makes one from shapes and options and refuses what makes no sense, ``str`` gives its
+    line, ``parse`` reads that again. Equal problems are equal and hash alike.
+
+    Attributes
+    ----------
+    N, C, H, W : int
+        Images, channels, rows and columns of x, whatever the caller's layout. C counts the channels of all groups.
+    O, KH, KW : int
+        Output channels, and rows and columns of the kernel.
+    stride : (int, int)
+        Step of the window, rows and columns.
+    padding : ((top, bottom), (left, right))
+        Pixels around x, names resolved. Negative, a crop, in the parts that an input gradient is made of.
+    dilation : (int, int)
+        Spacing of the kernel's taps, rows and columns.
+    groups : int
+        Groups of channels; each sees ``C // groups`` of them.
+    padding_mode : str
+        ``"constant"``, ``"reflect"``, ``"symmetric"``, ``"edge"`` or ``"wrap"``.
+    padding_value : number
+        The constant.
+    flip : bool
+        Whether the kernel is turned by 180°.
+    layout, kernel_layout : str
+        The order of the axes in the caller's arrays.
+    activation : str or None
+        ``"relu"`` or None.
+    bias : bool
+        Whether there is one.
+    x_dtype, k_dtype, y_dtype : str
+        Of the first operand, the second and the result.
+    x_zero_point : int
+        Subtracted from x.
+    k_zero_point : bool
+        Whether the kernel has zero points other than 0.
+    precision : str
+        ``"highest"``, ``"high"`` or ``"medium"``.
+    op : str
+        What is computed, see above.
+    conjugate : bool
+        Whether the operand that is not a gradient is conjugated, as the adjoint of a complex convolution asks.
+
+    Examples
+    --------
+    >>> problem = Conv2dProblem.of((8, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3)
+    >>> print(problem)
+    n8c3h224w224_o64kh7kw7_s2p3_f32
+    >>> problem.y_shape, problem == Conv2dProblem.parse(str(problem))
+    ((8, 64, 112, 112), True)
     """
 
     N: int
@@ -172,8 +216,19 @@ class Conv2dProblem:
         return total + self.result_size * dtypes.itemsize(self.y_dtype)
 
     def largest_sum(self, bias: int = 0, k_digits: int | None = None) -> int:
-        """Upper bound on |Σ| for integer operands, zero points and a bias of magnitude ``bias`` included; ``k_digits``
-        are the binary digits of the largest weight's magnitude, where that is known.
+        """Upper bound on |Σ| for integer operands, zero points and a bias included.
+
+        Parameters
+        ----------
+        bias : int, default 0
+            Magnitude of the largest bias.
+        k_digits : int, optional
+            Binary digits of the largest weight's magnitude, where that is known.
+
+        Returns
+        -------
+        int
+            The bound, exactly.
         """
         x_low, x_high = dtypes.RANGES[self.x_dtype]
         k_low, k_high = dtypes.RANGES[self.k_dtype] if self.op != "fold" else (1, 1)
@@ -185,7 +240,13 @@ class Conv2dProblem:
         return self.products * x_top * k_top + bias
 
     def tables(self) -> tuple[geometry.IndexTable, geometry.IndexTable]:
-        """The index tables of the rows and the columns."""
+        """The index tables of the rows and the columns: which pixel each tap of each output reads.
+
+        Returns
+        -------
+        rows, columns : IndexTable
+            Indices into an axis of x, -1 where the padding's constant stands.
+        """
         rows, columns = (
             geometry.index_table(n, k, outputs, pads[0], stride, dilation, self.padding_mode)
             for n, k, outputs, pads, stride, dilation in zip(
@@ -201,7 +262,18 @@ class Conv2dProblem:
         return rows, columns
 
     def table_spans(self, rows: int, columns: int) -> Pair:
-        """Entries of the two index tables that a block of ``rows`` × ``columns`` outputs reads."""
+        """Entries of the two index tables that a block of outputs reads.
+
+        Parameters
+        ----------
+        rows, columns : int
+            Extents of the block.
+
+        Returns
+        -------
+        (int, int)
+            Entries of the table of the rows, and of that of the columns.
+        """
         steps = (
             geometry.table_steps(self.KH, self.OH, self.stride[0], self.dilation[0]),
             geometry.table_steps(self.KW, self.OW, self.stride[1], self.dilation[1]),
@@ -209,7 +281,13 @@ class Conv2dProblem:
         return geometry.span(self.KH, rows, steps[0]), geometry.span(self.KW, columns, steps[1])
 
     def table_bytes(self) -> int:
-        """Bytes of both index tables."""
+        """Bytes of both index tables.
+
+        Returns
+        -------
+        int
+            Eight per entry.
+        """
         return 8 * sum(self.table_spans(self.OH, self.OW))
 
     def __str__(self) -> str:
@@ -220,7 +298,25 @@ class Conv2dProblem:
 
     @classmethod
     def parse(cls, line: str, call: str = "problem") -> Conv2dProblem:
-        """The problem that ``line`` prints; a ValueError that names ``call`` when it is not one."""
+        """The problem of a line, as ``str`` prints it.
+
+        Parameters
+        ----------
+        line : str
+            Such as ``"n8c3h224w224_o64kh7kw7_s2p3_f32"``.
+        call : str, default "problem"
+            What an error names as the function that was called.
+
+        Returns
+        -------
+        Conv2dProblem
+            The problem.
+
+        Raises
+        ------
+        ValueError
+            When the line is none, or that of a problem that makes no sense.
+        """
         from gpuconv import problem_line
 
         return problem_line.parse(line, call)
@@ -254,14 +350,45 @@ class Conv2dProblem:
         names: tuple[str, str] = ("x", "k"),
         least_padding: int = 0,
     ) -> Conv2dProblem:
-        """The problem of an input of ``x_shape`` and a kernel of ``k_shape`` in the caller's layouts.
+        """The problem of an input and a kernel of these shapes, in the caller's layouts.
 
-        ``names`` are what the caller calls the two, for errors.
+        Parameters
+        ----------
+        x_shape, k_shape : tuple of int
+            As ``conv2d`` takes them.
+        call : str, default "conv2d"
+            What an error names as the function that was called.
+        x_dtype, k_dtype : str, default "float32"
+            Of the two operands.
+        dtype : dtype, optional
+            Of the result.
+        bias : bool, default False
+            Whether there is one.
+        stride, padding, dilation, groups, padding_mode, padding_value, flip, layout, kernel_layout, activation, \
+x_zero_point
+            As for ``conv2d``.
+        k_zero_point : bool, default False
+            Whether the kernel has zero points other than 0.
+        precision : {"highest", "high", "medium"}
+            As for ``conv2d``.
+        op : {"forward", "input_grad", "weight_grad", "unfold", "fold"}
+            What is computed.
+        conjugate : bool, default False
+            Whether a complex gradient conjugates.
+        names : (str, str), default ("x", "k")
+            What the caller calls the two, for errors.
+        least_padding : int, default 0
+            The least padding that is not refused.
+
+        Returns
+        -------
+        Conv2dProblem
+            The problem, its padding resolved.
 
         Raises
         ------
         TypeError, ValueError
-            Naming the argument, the value it got and the rule it broke; ``call`` is the function named.
+            Naming the argument, the value it got and the rule it broke.
         """
         check_choice(call, "layout", layout, layouts.LAYOUTS)
         check_choice(call, "kernel_layout", kernel_layout, layouts.KERNEL_LAYOUTS)
@@ -284,7 +411,7 @@ class Conv2dProblem:
             raise ValueError(f"{call}: padding must be below {geometry.STEP_LIMIT}; padding={padding!r} gives {pads}")
         geometry.require_fit(call, (H, W), (KH, KW), pads, dilations)
         mode = geometry.as_padding_mode(call, padding_mode)
-        value = _padding_value(call, padding_value, x_dtype)
+        value = checked(call, padding_value, x_dtype)
         if value != 0 and (mode != "constant" or padding_mode == "zeros"):
             raise ValueError(
                 f"{call}: padding_value={padding_value!r} has no meaning with padding_mode={padding_mode!r}; "
@@ -337,7 +464,20 @@ class Conv2dProblem:
         return problem
 
     def check_overflow(self, call: str, bias: int = 0) -> None:
-        """Refuse a 32-bit integer sum that could overflow; 64-bit sums wrap as NumPy's own arithmetic does."""
+        """Refuse a 32-bit integer sum that could overflow; 64-bit sums wrap as NumPy's own arithmetic does.
+
+        Parameters
+        ----------
+        call : str
+            What the error names as the function that was called.
+        bias : int, default 0
+            Magnitude of the largest bias.
+
+        Raises
+        ------
+        ValueError
+            When it could.
+        """
         if self.op != "unfold" and self.y_dtype == "int32" and self.largest_sum(bias) > dtypes.RANGES["int32"][1]:
             both = f"products of {self.x_dtype} and {self.k_dtype}"
             summed = f"numbers of {self.x_dtype}" if self.op == "fold" else both
@@ -351,59 +491,6 @@ def check_choice(call: str, name: str, value: Any, accepted: tuple[str | None, .
     """Refuse a ``value`` that is none of ``accepted``."""
     if not (value is None or isinstance(value, str)) or value not in accepted:
         raise ValueError(f"{call}: {name} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
-
-
-def _padding_value(call: str, value: Any, x_dtype: str) -> complex:
-    """``value`` as a Python number that x's dtype can hold."""
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:  # NumPy would make an object of it
-        if dtypes.is_integer(x_dtype) or value.bit_length() > 1023:
-            raise ValueError(f"{call}: padding_value is beyond the range of {x_dtype}; got {_shown(value)}")
-        value = float(value)
-    try:
-        scalar = np.asarray(value)
-    except ValueError:  # ragged lists
-        scalar = np.asarray(None)
-    kind = scalar.dtype.kind
-    if kind not in "biufc" or scalar.ndim != 0 or isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{call}: padding_value must be a number; got {_shown(value)} of type {type(value).__name__}")
-    if dtypes.is_integer(x_dtype):
-        low, high = dtypes.RANGES[x_dtype]
-        if kind in "fc":
-            raise TypeError(f"{call}: padding_value must be an integer for x of dtype {x_dtype}; got {value!r}")
-        if not low <= int(scalar) <= high:
-            raise ValueError(f"{call}: padding_value must lie in {x_dtype}'s range {low} to {high}; got {value!r}")
-        return int(scalar)
-    if kind == "c" and not dtypes.is_complex(x_dtype):
-        raise TypeError(f"{call}: padding_value must be real for x of dtype {x_dtype}; got {value!r}")
-    number = complex(scalar)
-    largest = _LARGEST.get(x_dtype, np.inf)
-    if any(np.isfinite(part) and abs(part) > largest for part in (number.real, number.imag)):
-        raise ValueError(f"{call}: padding_value is beyond the range of x's dtype {x_dtype}; got {value!r}")
-    if dtypes.is_complex(x_dtype):
-        return _one_nan(repr(number)) if number != number else number
-    real = number.real
-    if real != real:
-        return math.nan  # this one object: NaN equals nothing else, and equal problems must be equal
-    return int(real) if real.is_integer() and abs(real) < 2**53 else real
-
-
-def _shown(value: Any) -> str:
-    return geometry.shown(value) if isinstance(value, int) else repr(value)
-
-
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
-_LARGEST = {
-    "float16": 65504.0,
-    "bfloat16": float.fromhex("0x1.fep127"),
-    "float32": _FLOAT32_MAX,
-    "complex64": _FLOAT32_MAX,
-}
-
-
-@lru_cache(maxsize=64)
-def _one_nan(text: str) -> complex:
-    """One object for each complex number with a NaN in it, so that equal problems are equal."""
-    return complex(text)
 
 
 def _zero_point(call: str, name: str, value: Any, dtype: str) -> int:

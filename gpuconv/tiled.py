@@ -57,12 +57,14 @@ def conv2d_tiled(
     source : array
         The images, in the shapes that ``conv2d`` takes: a ``numpy.memmap``, a Zarr array, an HDF5 dataset, a NumPy
         array, or anything else with ``shape`` and ``dtype`` that is read by slices.
-    k, bias, stride, padding, dilation, groups, padding_mode, padding_value, flip, layout, kernel_layout, activation, \
-dtype, precision, device, backend
-        As for ``conv2d``.
+    k : array_like
+        The kernel, as for ``conv2d``; it is in memory.
     out : array
         Where the result goes: any of the same kinds, of the result's shape and dtype, apart from ``source``. Tiles
         are whole chunks of it (of Zarr shards, whole shards), so that none is written twice.
+    bias, stride, padding, dilation, groups, padding_mode, padding_value, flip, layout, kernel_layout, activation, \
+dtype, precision, device, backend
+        As for ``conv2d``.
     workspace_limit : int, optional
         Bytes of memory that the call may take besides k and the bias, default 256 MiB. A quarter is for ``conv2d``'s
         scratch. In the rest lie two windows and two results of tiles, and what reading and writing copy on the way:

@@ -43,8 +43,8 @@ def conv_transpose2d(
         (KH, KW) for a two-dimensional x, else (C, O // groups, KH, KW), as PyTorch has it.
     bias : array_like of shape (O,), optional
         Added to each output channel, where no pixel of x reaches too.
-    stride, dilation : int or (rows, columns), default 1
-        Distance of the copies, and spacing of the kernel's taps.
+    stride : int or (rows, columns), default 1
+        Distance of the copies, in pixels of the result.
     padding : int, (rows, columns) or ((top, bottom), (left, right)), default 0
         Rows and columns cut off the result's border: the padding of the convolution that this one runs backwards.
     output_padding : int or (rows, columns), default 0
@@ -52,6 +52,8 @@ def conv_transpose2d(
         would map to x's, which one to return.
     groups : int, default 1
         Groups of channels.
+    dilation : int or (rows, columns), default 1
+        Spacing of the kernel's taps, in pixels of the result.
     layout, activation, dtype, precision, out, device, backend, workspace_limit, stream
         As for ``conv2d``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import json
 import os
 import sys
 import warnings
@@ -126,6 +127,18 @@ def where_options(command: _Command) -> _Command:
     ):
         command = option(command)
     return command
+
+
+def json_option(command: _Command) -> _Command:
+    """Add ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for a program to read.")(
+        command
+    )
+
+
+def print_json(fields: dict[str, Any]) -> None:
+    """Print ``fields`` as one JSON object on one line; in ASCII, which every terminal and pipe carries unchanged."""
+    click.echo(json.dumps(fields, allow_nan=False))
 
 
 EPILOG = (

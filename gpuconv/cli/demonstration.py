@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
+import numpy.typing as npt
 
 import gpuconv
-from gpuconv.cli.base import EPILOG, cli, reported, where_options
+from gpuconv.cli.base import EPILOG, cli, json_option, print_json, reported, where_options
 from gpuconv.cli.filtering import as_text, filtered
 from gpuconv.filters import KERNELS, NamedKernel, is_zero_sum
 
 if TYPE_CHECKING:
     from PIL import Image
+
+Pixels = npt.NDArray[np.float64]
 
 _DEMO = (
     "vertical-edges",
@@ -30,7 +33,8 @@ _DEMO = (
 @cli.command(epilog=EPILOG)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("contact.png"), show_default=True)
 @where_options
-def demo(output: Path, device: str | None, backend: str | None) -> None:
+@json_option
+def demo(output: Path, device: str | None, backend: str | None, as_json: bool) -> None:
     """Work the textbook example through, then filter a photograph into a contact sheet."""
     from rich.console import Console
     from rich.table import Table
@@ -38,16 +42,16 @@ def demo(output: Path, device: str | None, backend: str | None) -> None:
     from gpuconv import pictures
 
     photo = pictures.photograph()
-    title = f"a photograph of {photo.width} × {photo.height} pixels, best of 3 calls"
-    table = Table("filter", "picture", "implementation", title=title)
-    table.add_column("ms", justify="right")
     with reported():
         pictures.format_for(output)  # before any work
-        click.echo(_demo_steps(device, backend))
+        x, y, text = _demo_steps(device, backend)
+        if not as_json:
+            click.echo(text)
         panels = [pictures.Panel(photo, "original", "the photograph")]
+        rows = []
         for name in _DEMO:
             image, row = _demo_filter(photo, KERNELS[name], device, backend)
-            table.add_row(name, *row)
+            rows.append(row)
             panels.append(pictures.Panel(image, name, KERNELS[name].about, KERNELS[name]))
         sheet = pictures.contact_sheet(
             panels,
@@ -57,17 +61,32 @@ def demo(output: Path, device: str | None, backend: str | None) -> None:
             "Photograph: Rachel Michetti (CC0), courtesy of Pikolo Espresso Bar",
         )
         size = pictures.write_sheet(output, sheet)
+    if as_json:
+        print_json(
+            {
+                "example": {"x": x.tolist(), "kernel": KERNELS["vertical-edges"].rows, "y": y.tolist()},
+                "filters": rows,
+                "sheet": {"output": str(output), "width": sheet.width, "height": sheet.height, "bytes": size},
+            }
+        )
+        return
+    title = f"a photograph of {photo.width} × {photo.height} pixels, best of 3 calls"
+    table = Table("filter", "picture", "implementation", title=title)
+    table.add_column("ms", justify="right")
+    for row in rows:
+        seen = "brightness" if row["channels"] == 1 else f"{row['channels']} channels"
+        table.add_row(row["kernel"], seen, row["implementation"], f"{1e3 * row['seconds']:.2f}")
     Console().print(table)
     click.echo(f"contact sheet: {output} ({sheet.width} × {sheet.height} pixels, {size / 1e6:.1f} MB)")
 
 
-def _demo_steps(device: str | None, backend: str | None) -> str:
-    """The textbook example, from its input to its output."""
+def _demo_steps(device: str | None, backend: str | None) -> tuple[Pixels, Pixels, str]:
+    """The textbook example: its input, its output, and the way from one to the other."""
     x = np.arange(10.0, 251.0, 10.0).reshape(5, 5)
     kernel = KERNELS["vertical-edges"]
     y = gpuconv.conv2d(x, kernel.weights, device=device, backend=backend)
     size = gpuconv.output_size(5, 3)
-    return "\n\n".join(
+    text = "\n\n".join(
         (
             _beside(("input, 5 × 5", as_text(x)), ("kernel, 3 × 3", as_text(kernel.rows))),
             str(gpuconv.trace(x, kernel.weights)),
@@ -75,6 +94,7 @@ def _demo_steps(device: str | None, backend: str | None) -> str:
             f"output size: ⌊(n − k + 2p) / s⌋ + 1 = ⌊(5 − 3 + 0) / 1⌋ + 1 = {size}\n",
         )
     )
+    return x, y, text
 
 
 def _beside(*blocks: tuple[str, str]) -> str:
@@ -87,8 +107,8 @@ def _beside(*blocks: tuple[str, str]) -> str:
 
 def _demo_filter(
     photo: Image.Image, kernel: NamedKernel, device: str | None, backend: str | None
-) -> tuple[Image.Image, tuple[str, str, str]]:
-    """The photograph filtered, for the sheet, and the cells of the table: its pixels, implementation, milliseconds."""
+) -> tuple[Image.Image, dict[str, Any]]:
+    """The photograph filtered, for the sheet, and what to say of it."""
     from PIL import Image
 
     from gpuconv import pictures
@@ -100,4 +120,6 @@ def _demo_filter(
         image = pictures.in_two_inks(y, faint=14, full=170)
     else:
         image = Image.fromarray(pictures.to_display(y, 255, "plain").astype(np.uint8))
-    return image, ("brightness" if edges else "3 channels", ran, f"{1e3 * seconds:.2f}")
+    return image, {
+        "kernel": kernel.name, "channels": 1 if edges else 3, "implementation": ran, "seconds": seconds,
+    }  # fmt: skip

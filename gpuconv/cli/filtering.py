@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ import numpy as np
 
 import gpuconv
 from gpuconv.cli import large
-from gpuconv.cli.base import EPILOG, cli, reported, say, where_options
+from gpuconv.cli.base import EPILOG, cli, json_option, print_json, reported, say, where_options
 from gpuconv.filters import KERNELS, is_zero_sum, kernel_from
 
 
 @cli.command(epilog=EPILOG)
-def kernels() -> None:
+@json_option
+def kernels(as_json: bool) -> None:
     """List the kernels that `gpuconv filter` knows by name."""
+    if as_json:
+        rows = [asdict(kernel) for kernel in KERNELS.values()]
+        print_json({"kernels": rows})
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -52,6 +58,7 @@ def as_text(rows: Any, divisor: int = 1) -> str:
 @click.option("--gain", type=float, default=1.0, show_default=True, help="Multiply the response by this.")
 @large.options
 @where_options
+@json_option
 def filter_(
     photo: Path,
     kernel: str,
@@ -64,6 +71,7 @@ def filter_(
     dtype: str | None,
     workspace_limit: int | None,
     resume: bool,
+    as_json: bool,
 ) -> None:
     """Filter a PHOTO with one kernel; the size stays.
 
@@ -90,7 +98,10 @@ def filter_(
             facts = large.filter_numbers(
                 photo, kernel_from(kernel), output, padding_mode, gain, device, backend, dtype, workspace_limit, resume
             )
-        click.echo(large.as_line(facts))
+        if as_json:
+            print_json(facts)
+        else:
+            click.echo(large.as_line(facts))
         return
     from gpuconv import pictures
 
@@ -104,6 +115,22 @@ def filter_(
         style = "plain" if not is_zero_sum(weights) else "signed" if signed else "magnitude"
         for note in pictures.write(output, pictures.to_display(y, picture.peak, style, gain), picture):
             say(f"warning: {output}: {note}")
+    if as_json:
+        height, width, *channels = picture.pixels.shape
+        print_json(
+            {
+                "photo": str(photo),
+                "output": str(output),
+                "width": width,
+                "height": height,
+                "channels": channels[0] if channels else 1,
+                "kernel_size": list(weights.shape),
+                "shown": style,
+                "implementation": ran,
+                "seconds": seconds,
+            }
+        )
+        return
     size = " × ".join(map(str, (picture.pixels.shape[1], picture.pixels.shape[0], *picture.pixels.shape[2:])))
     taps = " × ".join(map(str, weights.shape))
     click.echo(f"{ran}: {size} pixels with a {taps} kernel in {1e3 * seconds:.1f} ms (first call) → {output}")

@@ -8,15 +8,23 @@ from typing import Any
 import click
 
 import gpuconv
-from gpuconv.cli.base import EPILOG, Failure, cli, reported, shape, steps, where_options
+from gpuconv.cli.base import EPILOG, Failure, cli, json_option, print_json, reported, shape, steps, where_options
 
 
 @cli.command(epilog=EPILOG)
-def info() -> None:
+@json_option
+def info(as_json: bool) -> None:
     """Say what this machine can use, and why not the rest."""
     with reported():
-        report = str(gpuconv.info())
-    click.echo(report)
+        report = gpuconv.info()
+    _show(report, as_json)
+
+
+def _show(report: gpuconv.Info | gpuconv.Explanation, as_json: bool) -> None:
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        click.echo(str(report))
 
 
 @cli.command(epilog=EPILOG)
@@ -41,10 +49,13 @@ def info() -> None:
 @click.option("--precision", metavar="LEVEL", help="highest, high or medium.")
 @click.option("--dtype", "input_dtype", metavar="DTYPE", help="Of input and kernel.  [default: float32]")
 @click.option("--result-dtype", "dtype", metavar="DTYPE", help="Of the result.  [default: follows from --dtype]")
+@click.option("--op", metavar="OP", help="forward, transpose, input_grad or weight_grad.  [default: forward]")
+@click.option("--output-padding", type=steps, metavar="N|N,N", help="Of --op transpose.")
 @click.option("--workspace-limit", type=int, metavar="BYTES", help="Scratch memory.")
 @where_options
-def explain(problem: str | None, x_shape: Any, k_shape: Any, **options: Any) -> None:
-    """Say what conv2d would run, and why.
+@json_option
+def explain(problem: str | None, x_shape: Any, k_shape: Any, as_json: bool, **options: Any) -> None:
+    """Say what conv2d, or with --op one of its relatives, would run, and why.
 
     Either a PROBLEM as the library prints it, such as n8c3h224w224_o64kh7kw7_s2p3_f32, or the shapes --x and --k with
     any other options. Nothing is computed.
@@ -63,7 +74,7 @@ def explain(problem: str | None, x_shape: Any, k_shape: Any, **options: Any) -> 
         operands = (x_shape, k_shape)
     with reported():
         report = gpuconv.explain(*operands, **given)
-    click.echo(str(report))
+    _show(report, as_json)
 
 
 @cli.command(epilog=EPILOG)
@@ -71,7 +82,8 @@ def explain(problem: str | None, x_shape: Any, k_shape: Any, **options: Any) -> 
     "--dtype", "wanted", multiple=True, type=click.Choice(["float32", "float64", "float16", "bfloat16"]),
     default=["float32"], show_default=True, help="Of the arrays; repeatable.",
 )  # fmt: skip
-def warmup(wanted: tuple[str, ...]) -> None:
+@json_option
+def warmup(wanted: tuple[str, ...], as_json: bool) -> None:
     """Compile the CPU's kernels ahead, so that no first call has to wait for it.
 
     They are kept in a folder of your own (GPUCONV_CACHE_DIR, or the system's folder for caches).
@@ -91,5 +103,16 @@ def warmup(wanted: tuple[str, ...]) -> None:
             do()
         place, said = kernel_cache.usable()
     seconds = time.perf_counter() - start
+    if as_json:
+        print_json(
+            {
+                "dtypes": list(wanted),
+                "compiled": len(runtime.compiled),
+                "seconds": seconds,
+                "folder": None if place is None else str(place),
+                "not_kept": None if place is not None else said,
+            }
+        )
+        return
     kept = f"kept in {place}" if place is not None else f"not kept: {said}"
     click.echo(f"{len(runtime.compiled)} kernels compiled in {seconds:.1f} s, {kept}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 import gpuconv
-from gpuconv.cli.base import EPILOG, cli, reported, shape, steps
+from gpuconv.cli.base import EPILOG, cli, json_option, print_json, reported, shape, steps
 from gpuconv.filters import kernel_from, numbers_from
 
 Array = npt.NDArray[Any]
@@ -55,7 +54,7 @@ _RAMP_LIMIT = 1_000_000  # pixels; trace refuses far fewer
     "-o", "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page that steps through it."
 )
 @click.option("--open", "show", is_flag=True, help="Open the page in a browser.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for a program to read.")
+@json_option
 def trace(
     x_text: str | None,
     k_text: str,
@@ -89,7 +88,10 @@ def trace(
             k = np.broadcast_to(k, (len(x), *k.shape))
         traced = gpuconv.trace(x, k, **given)
         if html is None:
-            click.echo(json.dumps(_object(traced), allow_nan=False) if as_json else str(traced))
+            if as_json:
+                print_json(_object(traced))
+            else:
+                click.echo(str(traced))
             return
         size_of_page = _write(html, traced)
     click.echo(f"{traced.caption}; {len(traced)} steps → {html} ({size_of_page / 1e3:.0f} kB)")
