@@ -40,10 +40,16 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
             problem.precision != "highest" and _winograd(channels, outputs, rows, columns),
             "3×3 at less than the highest precision: fewer multiplications",
         ),
-        # 14²: 3.3 against PyTorch; 56²: 1.9. 112²: a fifth of numba_cpu.rows.
         (
             "numba_cpu.lanes",
-            first and depthwise and columns <= 56 and problem.groups >= 16,
+            first and depthwise and problem.groups >= 16 and _narrow(problem, columns),
+            "depthwise on small planes: channels in the lanes of a register",
+        ),
+        ("numba_cpu.planes", first and channels == 1 and outputs <= 8, "one channel per output: planes in place"),
+        # What planes does not serve. 14²: 0.3 of the time of numba_cpu.rows; 112²: five times as much.
+        (
+            "numba_cpu.lanes",
+            first and depthwise and problem.groups >= 16 and columns <= 56,
             "depthwise on small planes: channels in the lanes of a register",
         ),
         ("numba_cpu.rows", first and channels == 1 and outputs <= 8, "one channel per output: rows of a plane"),
@@ -69,6 +75,13 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
         ),
         ("numba_cpu.strip", True, "the general compiled convolution"),
     ]
+
+
+def _narrow(problem: Conv2dProblem, columns: int) -> bool:
+    # numba_cpu.planes over numba_cpu.lanes, planes of ... columns of outputs. Stride 1, 3×3: 4 1.9, 7 1.3, 9 0.97,
+    # 14 0.68, 17 1.1, 28 0.76, 56 0.62; 7×7: 7 1.3, 9 0.70, 14 0.60, 56 0.55. Stride 2, 3×3: 4 2.9, 7 2.0, 14 0.96,
+    # 17 1.3, 20 1.1, 28 0.83, 56 0.65. numba_cpu.rows takes 1.4 to 4 times as long as planes, whatever the columns.
+    return columns <= (8 if problem.op == "input_grad" or problem.stride[1] == 1 else 20)
 
 
 def _turned(channels: int, outputs: int, taps: int, pixels: int) -> bool:
