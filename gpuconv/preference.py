@@ -45,7 +45,13 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
             first and depthwise and problem.groups >= 16 and _narrow(problem, columns),
             "depthwise on small planes: channels in the lanes of a register",
         ),
-        ("numba_cpu.planes", first and channels == 1 and outputs <= 8, "one channel per output: planes in place"),
+        # 1 to many outputs, numba_cpu.strip over it. Stride 1, 3×3: 1 to 16 of 48×480 1.6, 1 to 32 of 112² 1.2, of 512²
+        # 1.4; 7×7: 1 to 16 of 512² 1.2, 1 to 64 1.7; 28² 1.0 to 1.1. Stride 2: 1 to 32 of 224², 3×3 0.86, 7×7 0.6.
+        (
+            "numba_cpu.planes",
+            first and channels == 1 and outputs <= (8 if forward and problem.stride[1] > 1 else 64),
+            "one channel per output: planes in place",
+        ),
         # What planes does not serve. 14²: 0.3 of the time of numba_cpu.rows; 112²: five times as much.
         (
             "numba_cpu.lanes",
