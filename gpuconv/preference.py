@@ -84,10 +84,12 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
 
 
 def _narrow(problem: Conv2dProblem, columns: int) -> bool:
-    # numba_cpu.planes over numba_cpu.lanes, planes of ... columns of outputs. Stride 1, 3×3: 4 1.9, 7 1.3, 9 0.97,
-    # 14 0.68, 17 1.1, 28 0.76, 56 0.62; 7×7: 7 1.3, 9 0.70, 14 0.60, 56 0.55. Stride 2, 3×3: 4 2.9, 7 2.0, 14 0.96,
-    # 17 1.3, 20 1.1, 28 0.83, 56 0.65. numba_cpu.rows takes 1.4 to 4 times as long as planes, whatever the columns.
-    return columns <= (8 if problem.op == "input_grad" or problem.stride[1] == 1 else 20)
+    # numba_cpu.lanes over numba_cpu.planes, by the columns of outputs. Stride 1, 3×3: 3 0.90, 4 0.86, 7 1.0, 9 1.4,
+    # 14 1.7, 17 0.84, 28 1.25, 33 1.02, 56 1.5; 7×7: 4 0.97, 9 1.7, 14 1.9, 17 0.98, 56 1.8. Stride 2, 3×3: 4 0.5,
+    # 7 0.63, 10 0.98, 14 1.2, 17 0.75, 20 0.85, 28 1.1. numba_cpu.rows takes 1.4 to 4 times as long as planes.
+    if problem.op == "forward" and problem.stride[1] == 2:
+        return columns <= 8 or 16 < columns <= 22
+    return columns <= 4
 
 
 def _turned(channels: int, outputs: int, taps: int, pixels: int) -> bool:

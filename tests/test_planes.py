@@ -106,7 +106,7 @@ def test_results_past_the_caches(monkeypatch, shift):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_little_scratch_gives_the_same_bits(stride):
     """Columns are cut into parts, whose tiles read over the edges of the parts."""
-    x, k, bias = operands_of((1, 2, 20, 500), (2, 1, 3, 3))
+    x, k, _ = operands_of((1, 2, 20, 500), (2, 1, 3, 3))
     strided = np.repeat(x, 2, axis=3)[..., ::2]
     problem = Conv2dProblem.of(
         x.shape, k.shape, x_dtype="float32", k_dtype="float32", padding=1, groups=2, stride=stride

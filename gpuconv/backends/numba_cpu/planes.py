@@ -20,7 +20,7 @@ from gpuconv.backends.numba_cpu.copies import compiled, rows
 from gpuconv.backends.numba_cpu.microkernel import BLOCK
 from gpuconv.backends.numba_cpu.planes_kernel import ANYWHERE, INSIDE, STREAMED, band
 from gpuconv.backends.numba_cpu.strip import ALONE
-from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes, get, settle
+from gpuconv.backends.numba_cpu.vectors import Lanes, get, settle
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
@@ -154,7 +154,8 @@ def _run(plan: Plan, operands: Operands, out: Any) -> None:
 
 def _is_near(array: Any, lanes: Lanes) -> bool:
     """Whether the micro-kernel can read or write the array where it lies."""
-    return bool(array.dtype == lanes.dtype and array.strides[4] == lanes.size and array.strides[3] % lanes.size == 0)
+    steps = array.strides
+    return bool(array.dtype == lanes.dtype and steps[4] == lanes.size and all(step % lanes.size == 0 for step in steps))
 
 
 class Bound:
@@ -208,10 +209,10 @@ def kernel_of(problem: Conv2dProblem, lanes: Lanes) -> tuple[str, Callable[[], C
 def _kernel(
     lanes: Lanes, x_dtype: str, y_dtype: str, tile: tuple[int, int], KH: int, stride: tuple[int, int]
 ) -> Callable[..., None]:
-    size, x_size, y_size = lanes.size, SIZE[x_dtype], SIZE[y_dtype]
-    height, vectors = tile
-    width, (down, across) = vectors * lanes.count, stride
+    size, lane_count, (height, vectors), (down, across) = lanes.size, lanes.count, tile, stride
+    width = vectors * lane_count
     anywhere, inside, streamed = (band(lanes, *tile, KH, stride, kind) for kind in (ANYWHERE, INSIDE, STREAMED))
+    one = band(lanes, height, 1, KH, stride, ANYWHERE)
     read, _, _ = rows(lanes, x_dtype)
     _, write, _ = rows(lanes, y_dtype)
 
@@ -227,42 +228,44 @@ def _kernel(
                 read(to + size * line * pitch, source + line * get(arguments, SXH), count, get(arguments, SXW))
 
     @compiled
-    def block(arguments, k, image, target, i0, i1, j0, j1, bias, memory, stream):
-        """The outputs of rows i0 to i1, no more than a tile's, and columns j0 to j1."""
+    def block(arguments, planes, k, image, target, i0, i1, j0, j1, bias, memory, stream):
+        """The outputs of rows i0 to i1, no more than a tile's, and columns j0 to j1 of consecutive planes."""
         W_, KW_, step = get(arguments, W), get(arguments, KW), get(arguments, STEP)
-        lines, reach = get(arguments, LINES), (KW_ - 1) * step
+        lines, reach, syh = get(arguments, LINES), (KW_ - 1) * step, get(arguments, SYH)
         top, left = i0 * down - get(arguments, TOP), j0 * across - get(arguments, LEFT)
         # The lines that exist, counted from the one where the first output begins.
         first = min(max(-top, 0), lines)
         end = max(min((i1 - i0 - 1) * down + KH, get(arguments, H) - top), first)
-        source = image + top * get(arguments, SXH)
-        near, x, line = get(arguments, NEAR_X), source + left * size, get(arguments, SXH) // size
+        source, to = image + top * get(arguments, SXH), target + i0 * syh
+        near, direct = get(arguments, NEAR_X), get(arguments, NEAR_Y)
+        x, line = source + left * size, get(arguments, SXH) // size
         if near == 0:
             x, line = memory, get(arguments, PITCH)
             copy(arguments, memory, source, first, end, left, (j1 - j0 + width - 1) // width * width * across + reach)
         beside = memory + size * lines * get(arguments, PITCH)
-        direct = get(arguments, NEAR_Y)
+        y, ldy = beside, width
         whole = i1 - i0 == height and first == 0 and end == lines
         for j in range(j0, j1, width):
             at, last = j * across - get(arguments, LEFT), j1 - j
-            y, ldy = beside, width
             if direct:
-                y, ldy = target + i0 * get(arguments, SYH) + j * size, get(arguments, SYH) // size
+                y, ldy = to + j * size, syh // size
             given = (
-                k, x + size * (j - j0) * across, y, KW_, get(arguments, SKP) // size, get(arguments, SKQ) // size, line,
-                step, ldy, first, end, at, W_, i1 - i0, last, get(arguments, FINISHED), bias,
-                get(arguments, FINISH) + size,
+                planes, k, get(arguments, SKG) // size, x + size * (j - j0) * across, get(arguments, SXG) // size, y,
+                get(arguments, SYG) // size, KW_, get(arguments, SKP) // size, get(arguments, SKQ) // size, line, step,
+                ldy, first, end, at, W_, i1 - i0, last, get(arguments, FINISHED), bias, get(arguments, FINISH) + size,
             )  # fmt: skip
-            if not whole or at < 0 or at + width * across + reach > W_ or last < width:
+            if last <= lane_count:
+                one(given)
+            elif not whole or at < 0 or at + width * across + reach > W_ or last < width:
                 anywhere(given)
             elif stream and direct:
                 streamed(given)
             else:
                 inside(given)
             if not direct:
-                to = target + i0 * get(arguments, SYH) + j * get(arguments, SYW)
+                syw = get(arguments, SYW)
                 for t in range(i1 - i0):
-                    write(to + t * get(arguments, SYH), beside + size * t * width, min(last, width), get(arguments, SYW))
+                    write(to + t * syh + j * syw, beside + size * t * width, min(last, width), syw)
 
     def convolve(arguments, thread, threads):
         G_, O_, OH_, OW_ = get(arguments, G), get(arguments, O), get(arguments, OH), get(arguments, OW)
@@ -273,27 +276,34 @@ def _kernel(
         stream = get(arguments, STREAM) and (get(arguments, Y) | steps) % 64 == 0
         channels, strips = G_ * O_, down_ * across_
         tasks = get(arguments, N) * channels * strips
-        start = thread * tasks // threads
-        plane, strip = start // max(strips, 1), start % max(strips, 1)
-        for _ in range(start, (thread + 1) * tasks // threads):
-            n, channel = 0, plane
-            if plane >= channels:  # a division takes longer than a row of a small plane
+        # Planes that are a tile each follow one another without coming back here.
+        at_once = 1
+        if strips == 1 and O_ == 1 and get(arguments, NEAR_X) and get(arguments, NEAR_Y):
+            at_once = channels
+        task, end = thread * tasks // threads, (thread + 1) * tasks // threads
+        plane, strip = task // max(strips, 1), task % max(strips, 1)
+        while task < end:
+            # Divisions take longer than some lines of a small plane.
+            n, channel, i, j = 0, plane, strip, 0
+            if plane >= channels:
                 n, channel = plane // channels, plane % channels
-            g, o, i, j = channel, 0, strip, 0
-            if O_ > 1:
-                g, o = channel // O_, channel % O_
             if across_ > 1:
                 i, j = strip // across_, strip % across_
+            g, o = channel, 0
+            if O_ > 1:
+                g, o = channel // O_, channel % O_
+            planes = min(at_once, end - task, channels - channel)
             block(
-                arguments, get(arguments, WEIGHTS) + g * get(arguments, SKG) + o * get(arguments, SKO),
+                arguments, planes, get(arguments, WEIGHTS) + g * get(arguments, SKG) + o * get(arguments, SKO),
                 get(arguments, X) + n * get(arguments, SXN) + g * get(arguments, SXG),
                 get(arguments, Y) + n * get(arguments, SYN) + g * get(arguments, SYG) + o * get(arguments, SYO),
                 i * high, min(i * high + high, OH_), j * wide, min(j * wide + wide, OW_),
                 get(arguments, FINISH) + size * (2 + channel), memory, stream,
             )  # fmt: skip
+            task += planes
             strip += 1
             if strip == strips:
-                plane, strip = plane + 1, 0
+                plane, strip = plane + planes, 0
         if stream:
             settle()
 

@@ -24,19 +24,30 @@ ANYWHERE, INSIDE, STREAMED = range(3)
 
 @functools.lru_cache(maxsize=64)
 def band(lanes: Lanes, rows: int, vectors: int, taps: int, stride: tuple[int, int], kind: int) -> Any:
-    """The micro-kernel for ``taps`` kernel rows and strides of 1 or 2: a function of (k, x, y, KW, row, column, line,
-    step, ldy, first, end, at, W, high, last, finish, bias, floor).
+    """The micro-kernel for ``taps`` kernel rows and strides of 1 or 2: a function of (planes, k, k_plane, x, x_plane,
+    y, y_plane, KW, row, column, line, step, ldy, first, end, at, W, high, last, finish, bias, floor).
 
-    All steps are in elements: ``row`` and ``column`` of k, ``line`` of x, ``step`` from tap to tap across, ``ldy`` of
-    y. ``x`` is where the first output's first tap is, in the image or not: lines [first, end) from there exist, and it
-    is column ``at`` of the image's W. The first ``high`` rows and ``last`` columns of the tile are written. With
-    ``finish`` the number at ``bias`` is added, and the one at ``floor`` is the least result.
+    The same tile of so many planes is made, one after the other. All steps are in elements: from plane to plane,
+    ``row`` and ``column`` of k, ``line`` of x, ``step`` from tap to tap across, ``ldy`` of y. ``x`` is where the first
+    output's first tap is, in the image or not: lines [first, end) from there exist, and it is column ``at`` of the
+    image's W. The first ``high`` rows and ``last`` columns of the tile are written. With ``finish`` the number at
+    ``bias``, of each plane its own, is added, and the one at ``floor`` is the least result.
     """
     down, across = stride
 
-    def emit(e: Emitter, k: Value, x: Value, y: Value, KW: Value, row: Value, column: Value, line: Value, step: Value,
-             ldy: Value, first: Value, end: Value, at: Value, W: Value, high: Value, last: Value, finish: Value,
-             bias: Value, floor: Value) -> None:  # fmt: skip
+    def emit(e: Emitter, planes: Value, k: Value, k_plane: Value, x: Value, x_plane: Value, y: Value, y_plane: Value,
+             *others: Value) -> None:  # fmt: skip
+        *given, bias, floor = others
+
+        def plane(i: Value) -> None:
+            k_i, x_i, y_i = e.at(k, e.times(i, k_plane)), e.at(x, e.times(i, x_plane)), e.at(y, e.times(i, y_plane))
+            tile(e, k_i, x_i, y_i, e.at(bias, i), floor, *given)
+
+        e.loop(0, planes, 1, plane)
+
+    def tile(e: Emitter, k: Value, x: Value, y: Value, bias: Value, floor: Value, KW: Value, row: Value, column: Value,
+             line: Value, step: Value, ldy: Value, first: Value, end: Value, at: Value, W: Value, high: Value,
+             last: Value, finish: Value) -> None:  # fmt: skip
         builder, n = e.builder, e.lanes.count
         entry, loop, after = builder.block, e.block("columns"), e.block("after")
         met = [[(t, l - t * down) for t in range(rows) if 0 <= l - t * down < taps]
@@ -123,7 +134,7 @@ def band(lanes: Lanes, rows: int, vectors: int, taps: int, stride: tuple[int, in
                         e.stream(result, place)
 
     name = f"band_{lanes}_{rows}x{vectors}_{taps}_{down}{across}_{kind}"
-    return routine(name, lanes, "eeeiiiiiiiiiiiiiee", emit)
+    return routine(name, lanes, "ieieieiiiiiiiiiiiiiiee", emit)
 
 
 def _inside(e: Emitter, column: Value, W: Value) -> Value:
