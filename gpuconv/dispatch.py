@@ -29,6 +29,7 @@ TABLE = (
     "numba_cuda.patches",
     "numba_cpu.separable",
     "numba_cpu.winograd",
+    "numba_cpu.planes",
     "numba_cpu.lanes",
     "numba_cpu.rows",
     "numba_cpu.channels",

@@ -40,10 +40,22 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
             problem.precision != "highest" and _winograd(channels, outputs, rows, columns),
             "3×3 at less than the highest precision: fewer multiplications",
         ),
-        # 14²: 3.3 against PyTorch; 56²: 1.9. 112²: a fifth of numba_cpu.rows.
         (
             "numba_cpu.lanes",
-            first and depthwise and columns <= 56 and problem.groups >= 16,
+            first and depthwise and problem.groups >= 16 and _narrow(problem, columns),
+            "depthwise on small planes: channels in the lanes of a register",
+        ),
+        # 1 to many outputs, numba_cpu.strip over it. Stride 1, 3×3: 1 to 16 of 48×480 1.6, 1 to 32 of 112² 1.2, of 512²
+        # 1.4; 7×7: 1 to 16 of 512² 1.2, 1 to 64 1.7; 28² 1.0 to 1.1. Stride 2: 1 to 32 of 224², 3×3 0.86, 7×7 0.6.
+        (
+            "numba_cpu.planes",
+            first and channels == 1 and problem.KH <= 7 and outputs <= (8 if forward and problem.stride[1] > 1 else 64),
+            "one channel per output, and few rows of taps: planes in place",
+        ),
+        # What planes does not serve. 14²: 0.3 of the time of numba_cpu.rows; 112²: five times as much.
+        (
+            "numba_cpu.lanes",
+            first and depthwise and problem.groups >= 16 and columns <= 56,
             "depthwise on small planes: channels in the lanes of a register",
         ),
         ("numba_cpu.rows", first and channels == 1 and outputs <= 8, "one channel per output: rows of a plane"),
@@ -69,6 +81,15 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
         ),
         ("numba_cpu.strip", True, "the general compiled convolution"),
     ]
+
+
+def _narrow(problem: Conv2dProblem, columns: int) -> bool:
+    # numba_cpu.lanes over numba_cpu.planes, by the columns of outputs. Stride 1, 3×3: 3 0.90, 4 0.86, 7 1.0, 9 1.4,
+    # 14 1.7, 17 0.84, 28 1.25, 33 1.02, 56 1.5; 7×7: 4 0.97, 9 1.7, 14 1.9, 17 0.98, 56 1.8. Stride 2, 3×3: 4 0.5,
+    # 7 0.63, 10 0.98, 14 1.2, 17 0.75, 20 0.85, 28 1.1. numba_cpu.rows takes 1.4 to 4 times as long as planes.
+    if problem.op == "forward" and problem.stride[1] == 2:
+        return columns <= 8 or 16 < columns <= 22
+    return columns <= 4
 
 
 def _turned(channels: int, outputs: int, taps: int, pixels: int) -> bool:

@@ -196,6 +196,7 @@ BUDGETS: dict[str, dict[str, tuple[Any, ...]]] = {
     "pixels": {"_ALONE": (0,), "_INPUTS": (1, 3000), "_PRODUCTS": (40, 400), "_PIXELS": (1, 7, 50),
                "_CACHED": ((0, 0), (1 << 30, 1 << 30))},
     "rows": {"_IN_PLACE": (1, 20), "_WINDOW": (1, 9000)},
+    "planes": {"_LINE": (1, 400), "_STREAM": (0,), "ALONE": (0,)},
     "merged": {"_PIXELS": (70,)},
     "pointwise": {"_WEIGHTS": (1, 2000)},
     "separable": {"_WINDOW": (1, 9000), "_HIGH": (4, 8), "_WIDE": (20, 90)},
@@ -219,14 +220,14 @@ def sizes(rng: random.Random, name: str) -> dict[str, Any]:
     plain = kind in ("winograd", "separable")
     stride = (1, 1) if plain or rng.random() < 0.5 else (rng.randint(1, 3), rng.randint(1, 3))
     dilation = (1, 1) if plain or rng.random() < 0.6 else (rng.randint(1, 3), rng.randint(1, 3))
-    if kind == "rows":
+    if kind in ("rows", "planes"):
         dilation = (1, dilation[1])
     N = rng.choice((0, 1, 1, 1, 2, 2, 3, 4, 5))
     groups = rng.choice((1, 1, 1, 2, 3))
     C, O = rng.choice(CHANNELS), rng.choice(CHANNELS)
     if rng.random() < 0.12:
         C = rng.choice((0, 100, 128, 131, 150, 257, 300, 330))
-    if kind in ("channels", "lanes", "rows", "separable") or (kind == "weight_planes" and rng.random() < 0.5):
+    if kind in ("channels", "lanes", "planes", "rows", "separable") or (kind == "weight_planes" and rng.random() < 0.5):
         groups, C = C if C else 3, 1
         O = 1 if kind in ("channels", "lanes") else rng.choice((1, 1, 2, 3))
     H, W = rng.choice(EXTENTS), rng.choice(EXTENTS + WIDE)

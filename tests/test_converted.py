@@ -132,8 +132,8 @@ def test_a_photograph_and_a_kernel_as_they_come():
     """The usual call of image processing runs compiled: bytes and a list of integers, or a mean in float64."""
     photo = numbers((64, 80), "uint8")
     for kernel in ([[1, 0, -1]] * 3, np.ones((5, 5)) / 25, np.ones((5, 5), np.float32) / 25):
-        assert gpuconv.explain(photo, kernel, padding="same").implementation == "numba_cpu.rows"
-        assert gpuconv.explain(photo.astype(np.float32), kernel, padding="same").implementation == "numba_cpu.rows"
+        assert gpuconv.explain(photo, kernel, padding="same").implementation == "numba_cpu.planes"
+        assert gpuconv.explain(photo.astype(np.float32), kernel, padding="same").implementation == "numba_cpu.planes"
 
 
 def test_a_refusal_of_integers_says_what_helps():

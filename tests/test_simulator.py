@@ -67,5 +67,5 @@ except ValueError as error:
     child = subprocess.run([sys.executable, "-c", script], env=SIMULATOR, capture_output=True, text=True, check=True)
     lines = child.stdout.splitlines()
     assert lines[:4] == [str(np.full((3, 3), -60.0).tolist())] * 4
-    assert lines[4:6] == ["numba_cuda.direct", "numba_cpu.rows"], "the simulator is no GPU for device='auto'"
+    assert lines[4:6] == ["numba_cuda.direct", "numba_cpu.planes"], "the simulator is no GPU for device='auto'"
     assert "cuda:7" in lines[6]

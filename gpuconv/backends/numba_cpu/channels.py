@@ -19,6 +19,7 @@ from gpuconv import schedule
 from gpuconv.backends.numba_cpu import dense, runtime
 from gpuconv.backends.numba_cpu.copies import LETTERS, compiled
 from gpuconv.backends.numba_cpu.microkernel import BLOCK
+from gpuconv.backends.numba_cpu.pixels_kernel import Packing
 from gpuconv.backends.numba_cpu.vectors import I64, SIZE, Emitter, Lanes, Value, get, routine
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
@@ -99,21 +100,12 @@ def pack_key(plan: Plan) -> Any:
 
 def pack(plan: Plan, operands: Operands) -> Any:
     """The weights as packed[c // lanes][p][q][c % lanes], zero beyond the last channel."""
-    return _packed(operands.k, plan.config["lanes"])
+    return _packing(plan, operands.k)(operands.k.swapaxes(0, 1))
 
 
-def _packed(k: Any, lanes: Lanes) -> np.ndarray[Any, Any]:
-    count, (channels, _, _, KH_, KW_) = lanes.count, k.shape
-    vectors = -(-channels // count)
-    packed = runtime.aligned(vectors * count * KH_ * KW_, lanes.dtype).reshape(vectors, KH_, KW_, count)
-    whole, rest = divmod(channels, count)
-    source = k[:, 0, 0]
-    with np.errstate(all="ignore"):
-        packed[:whole] = source[: whole * count].reshape(whole, count, KH_, KW_).transpose(0, 2, 3, 1)
-        if rest:
-            packed[whole] = 0
-            packed[whole, ..., :rest] = source[whole * count :].transpose(1, 2, 0)
-    return packed
+def _packing(plan: Plan, k: Any) -> Packing:
+    """What turns weights like ``k`` (C, 1, 1, KH, KW) over: that of one group whose outputs are the channels."""
+    return Packing(k.swapaxes(0, 1), plan.config["lanes"], 1, plan.config["threads"])
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
@@ -161,7 +153,7 @@ class Bound:
         problem, config = plan.problem, plan.config
         self.plan, self.lanes = plan, config["lanes"]
         self.alone = problem.result_size * problem.products < _ALONE
-        self.form = None if k is None else (k.shape, k.strides)
+        self.packing = None if k is None else _packing(plan, k)
         steps = [view.strides[axis] for view in (x, out) for axis in (0, 3, 4)]
         name, make = kernel_of(problem, self.lanes, config["special"])
         entries = [*steps, x.shape[0], *config["entries"]]
@@ -181,9 +173,8 @@ class Bound:
 
     def __call__(self, x: Any, k: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
         """Convolve ``x`` into ``out``."""
-        if packed is None and self.form is not None:
-            shape, strides = self.form
-            packed = _packed(np.lib.stride_tricks.as_strided(k, shape, strides), self.lanes)
+        if packed is None and self.packing is not None:
+            packed = self.packing(k)
         if self.views is not None:
             views = self.views
             x = np.lib.stride_tricks.as_strided(x, *views[:2])

@@ -210,6 +210,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         problem.N, groups, channels, outputs, problem.H, problem.W, problem.OH, problem.OW, problem.KH, problem.KW,
         problem.padding[0][0], problem.padding[1][0], *problem.stride, *problem.dilation, way, *unit, count, shares,
         inside, len(stages), kept["stages"].ctypes.data, kept["runs"].ctypes.data, pixel, pitch, inputs, sums, lists,
+        problem.bias or problem.activation is not None,
     ]  # fmt: skip
     detail = f"{_WAYS[way]}, {count} pixels at a time, tiles of {MP} pixels × {width} channels, {lanes}"
     config = {"lanes": lanes, "vectors": vectors, "entries": entries, "kept": kept, "threads": threads,

@@ -23,8 +23,8 @@ X, WEIGHTS, Y, SCRATCH, FINISH, FILL = range(runtime.ARRAYS)
     WAY, IMAGES, HIGH, WIDE, COUNT, SHARES,  # a unit: images, output rows and columns, pixels; shares of the panels
     INSIDE, STAGES, STAGE_TABLE, RUN_TABLE,  # whether weights are the inner loop
     PIXEL, PITCH, INPUTS, SUMS,  # elements of a copied pixel, of a row, of the copies
-    LISTS, PER_THREAD,  # lists of pixels; bytes in all
-) = range(runtime.ARRAYS, runtime.ARRAYS + 48)  # fmt: skip
+    LISTS, FINISHED, PER_THREAD,  # lists of pixels; whether a bias or an activation ends the sums; bytes in all
+) = range(runtime.ARRAYS, runtime.ARRAYS + 49)  # fmt: skip
 
 
 def _copier(lanes: Lanes, stored: str) -> Any:
@@ -110,7 +110,7 @@ def _multiplier(lanes: Lanes, vectors: int) -> Any:
                         rate = min((width + tiles - 1) // max(tiles, 1), line)
                     fetched = size * rate * here
                     more = 1 if by_taps or s > 0 else 0
-                    final = 1 if s + 1 == stages else 0
+                    final = get(arguments, FINISHED) if s + 1 == stages else 0
                     bias = finish + size * (2 + final * (width + g * padded + o * width))
                     floor = finish + size * final
                     left = stop - start
@@ -187,35 +187,40 @@ def _lister(lanes: Lanes, stored: str) -> Any:
                 x_n, x_h, x_w = H_ * pitch, pitch, pixel
             else:
                 x += n * sxn
-        ready = 0
-        for q in range(count):
+        q, ready = 0, 0
+        while q < count:  # the pixels of a row at a time, which are at equal steps
+            run = min(j1 - j, count - q)
             target = n * syn + i * syh + j * syw
-            put(targets, q, target)
-            put(py, q, q * pitch_y if copy_y else target // size)
             source = at + n * to_n + i * to_i + j * to_j
+            from_x, step_x = source // size, to_j // size
+            from_y, step_y = target // size, syw // size
             if way == IN_PLACE and copy_x:
-                # A run of pixels at equal steps: the rest of a row, or of the plane where rows follow each other.
+                from_x, step_x = q * pixel, pixel
                 if q == ready:
-                    run = OW_ - j
+                    # The rest of a row, or of the plane where rows follow each other.
+                    length = OW_ - j
                     if across * OW_ == W_ and down == 1 and to_i == OW_ * to_j:
-                        run += (OH_ - 1 - i) * OW_
-                    run = min(run, count - q)
-                    ready = q + run
+                        length += (OH_ - 1 - i) * OW_
+                    length = min(length, count - q)
+                    ready = q + length
                     if get(arguments, SXC) == stored_size:
-                        for u in range(run):
+                        for u in range(length):
                             read(copied + size * (q + u) * pixel, image + source + u * to_j, C_, stored_size)
                     else:
                         at_q = copied + size * q * pixel
-                        gather(at_q, pixel, image + source, C_, run, get(arguments, SXC), to_j, buffer)
-                source = size * q * pixel
-            put(px, q, source // size)
-            j += 1
-            if j == j1:
-                j = j0
-                i += 1
-                if i == OH_:
-                    i = 0
-                    n += 1
+                        gather(at_q, pixel, image + source, C_, length, get(arguments, SXC), to_j, buffer)
+            if copy_y:
+                from_y, step_y = q * pitch_y, pitch_y
+                for u in range(run):
+                    put(targets, q + u, target + u * syw)
+            for u in range(run):
+                put(px, q + u, from_x + u * step_x)
+                put(py, q + u, from_y + u * step_y)
+            q += run
+            j, i = j0, i + 1
+            if i == OH_:
+                i = 0
+                n += 1
         if way == TAPS:
             for s in range(get(arguments, STAGES)):
                 stage = get(arguments, STAGE_TABLE) + 56 * s

@@ -103,11 +103,17 @@ class Emitter:
         target = self.builder.bitcast(pointer, kind.as_pointer())
         self.builder.store(self.narrowed(value, stored), target).align = SIZE[stored]
 
+    def stream(self, value: Value, pointer: Value) -> None:
+        """A vector past the caches to memory, at a multiple of its size; ``runtime.settle`` has it seen by others."""
+        store = self.builder.store(value, self.builder.bitcast(pointer, self.vector.as_pointer()))
+        store.align = self.lanes.bits // 8
+        store.set_metadata("nontemporal", self.function.module.add_metadata([I32(1)]))
+
     def mask(self, count: Value) -> Value:
         """True in the first ``count`` lanes; any integer will do."""
         lanes = ir.VectorType(I64, self.lanes.count)
         return self.builder.icmp_signed(
-            "<", ir.Constant(lanes, list(range(self.lanes.count))), self._splat(lanes, self.i64(count))
+            "<", ir.Constant(lanes, list(range(self.lanes.count))), self.splat_of(lanes, self.i64(count))
         )
 
     def masked_load(self, pointer: Value, mask: Value, stored: str | None = None) -> Value:
@@ -208,13 +214,14 @@ class Emitter:
 
     def splat(self, scalar: Value) -> Value:
         """A scalar in every lane."""
-        return self._splat(self.vector, scalar)
+        return self.splat_of(self.vector, scalar)
 
     def constant(self, number: float) -> Value:
         """A number in every lane."""
         return ir.Constant(self.vector, [float(number)] * self.lanes.count)
 
-    def _splat(self, kind: Value, scalar: Value) -> Value:
+    def splat_of(self, kind: Value, scalar: Value) -> Value:
+        """A scalar in every lane of a vector of ``kind``."""
         undefined = ir.Constant(kind, ir.Undefined)
         first = self.builder.insert_element(undefined, scalar, I32(0))
         return self.builder.shuffle_vector(
@@ -355,6 +362,17 @@ def get(typing: Any, address: Any, index: Any) -> Any:
         return builder.load(builder.gep(builder.inttoptr(base, I64.as_pointer()), [at]))
 
     return types.intp(address, index), lower
+
+
+@intrinsic
+def settle(typing: Any) -> Any:
+    """Wait until what was streamed past the caches is in memory for every thread to see."""
+
+    def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), lower
 
 
 def scalar(dtype: str, wide: str | None = None) -> tuple[Any, Any]:

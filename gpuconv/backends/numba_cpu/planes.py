@@ -1,0 +1,310 @@
+"""Convolution with one input channel per output, in place: depthwise layers and image filters of up to seven rows.
+
+    y[n,g,o,i,j] = b[g,o] + Σ_pq x[n,g, i·s+p-pad, j·r+q·d-pad] · k[g,o,p,q]
+
+Planes are read and written where they lie, a few columns wide and many rows high at a time (``planes_kernel``). Nothing
+is padded: what a tile at the border would read outside is left out. Operands with other steps between columns, and
+16-bit floats, pass through a copy of the lines that some rows of outputs read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpuconv import schedule
+from gpuconv.backends.numba_cpu import dense, runtime
+from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.microkernel import BLOCK
+from gpuconv.backends.numba_cpu.planes_kernel import ANYWHERE, INSIDE, STREAMED, band
+from gpuconv.backends.numba_cpu.strip import ALONE
+from gpuconv.backends.numba_cpu.vectors import Lanes, get, settle
+from gpuconv.backends.protocol import Operands, Plan, Target
+from gpuconv.problem import Conv2dProblem
+
+NAME = "numba_cpu.planes"
+DEVICE = "cpu"
+ARRAYS = "numpy"
+OPS = frozenset(("forward", "input_grad"))
+
+unavailable = runtime.unavailable
+
+# Kernel rows whose weights have registers of their own beside the sums.
+_ROWS = 7
+# Registers for sums, weights and what is read, with 512 bits; others may have sixteen in all.
+_REGISTERS = 16
+# Bytes of a line, of which a few together stay in a core's second-level cache.
+_LINE = 1 << 16
+# Bytes of a result that the last-level cache will not hold beside x. 2048²: 3×3 1.2, 5×5 1.7, 7×7 1.3 times as fast
+# past the caches; half of that size stays in the cache, and is written there twice as fast.
+_STREAM = 1 << 24
+
+# The table of arguments.
+X, WEIGHTS, Y, SCRATCH, FINISH, *_ = range(runtime.ARRAYS)
+(
+    SXN, SXG, SXH, SXW, SYN, SYG, SYO, SYH, SYW, SKG, SKO, SKP, SKQ,  # steps in bytes
+    N, G, O, H, W, OH, OW, KW, TOP, LEFT, STEP,
+    HIGH, WIDE, LINES, PITCH, PER_THREAD,  # outputs of a task; lines and elements of each that it reads
+    NEAR_X, NEAR_Y, STREAM, FINISHED,
+) = range(runtime.ARRAYS, runtime.ARRAYS + 33)  # fmt: skip
+
+
+def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
+    """Why this cannot run ``problem``."""
+    reasons = dense.unsupported(problem, target)
+    inputs = problem.O if problem.op == "input_grad" else problem.C
+    if inputs != problem.groups:
+        reasons.append(f"it sums over one channel per group, not {inputs // problem.groups}")
+    if problem.layout != "NCHW":
+        reasons.append("it is for layout NCHW: rows of one channel")
+    if problem.padding_mode != "constant" or problem.fill != 0:
+        reasons.append("it pads with zeros only")
+    if problem.KH > _ROWS:
+        reasons.append(f"it has registers for the weights of {_ROWS} kernel rows, not {problem.KH}")
+    if problem.KH * problem.KW > BLOCK:
+        reasons.append(f"it has one sum for all products, of which there are to be at most {BLOCK}")
+    if problem.KH > 1 and problem.dilation[0] > 1:
+        reasons.append("it has no dilation of the kernel's rows: outputs below each other would share no line")
+    if problem.op == "forward" and max(problem.stride) > 2:
+        reasons.append("it is for strides of 1 and 2")
+    return reasons
+
+
+def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
+    """Choose the tile and the tasks."""
+    return dense.plan(_plan, problem, target, limit)
+
+
+def tile_of(problem: Conv2dProblem, lanes: Lanes) -> tuple[int, int]:
+    """Rows and vectors of a tile: one vector where a row of outputs has no more."""
+    if lanes.bits == 512:
+        return (8, 2) if problem.OW > lanes.count else (14 if problem.OH > 8 else 8, 1)
+    return min(10, _REGISTERS - 2 - problem.KH - problem.stride[1]), 1
+
+
+def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
+    lanes = dense.lanes_of(problem, target)
+    (down, across), step = problem.stride, problem.dilation[1]
+    height, vectors = tile_of(problem, lanes)
+    width = vectors * lanes.count
+    lines, reach = (height - 1) * down + problem.KH, (problem.KW - 1) * step + 1
+    planes = problem.N * problem.O
+    bands = -(-problem.OH // height)
+
+    def pitch(tiles: int) -> int:
+        return tiles * width * across + reach
+
+    def each(tiles: int) -> int:
+        return lines * pitch(tiles) + height * width + 64 // lanes.size
+
+    def scratch(tiles: int) -> int:
+        weights = problem.O * problem.KH * problem.KW * lanes.size
+        return target.threads * each(tiles) * lanes.size + weights + problem.O * lanes.size + 4096
+
+    (tiles,) = schedule.fit((-(-problem.OW // width),), scratch, limit, f"{NAME} on {problem}")
+    tiles = schedule.halved(tiles, lambda t: pitch(t) * lanes.size <= _LINE)
+    # Enough tasks for every thread, where there are few planes of few rows.
+    parts = -(-4 * target.threads // max(planes * bands, 1))
+    tiles = min(tiles, max(1, -(-problem.OW // width) // parts))
+    threads = 1 if problem.result_size * problem.products < ALONE else target.threads
+    high = -(-problem.OH // max(bands, 1))
+    table = np.zeros(runtime.TABLE, np.int64)
+    for index, value in {
+        N: problem.N, G: problem.groups, O: problem.O // problem.groups, H: problem.H, W: problem.W, OH: problem.OH,
+        OW: problem.OW, KW: problem.KW, TOP: problem.padding[0][0], LEFT: problem.padding[1][0], STEP: step,
+        HIGH: high, WIDE: tiles * width, LINES: lines, PITCH: pitch(tiles), PER_THREAD: each(tiles),
+        STREAM: problem.result_size * lanes.size >= _STREAM, FINISHED: problem.bias or problem.activation is not None,
+    }.items():  # fmt: skip
+        table[index] = value
+    detail = f"tiles of {height} rows × {width} columns, in place where the columns lie side by side, {lanes}"
+    config = {"lanes": lanes, "table": table, "threads": threads, "each": each(tiles)}
+    return Plan(problem, scratch(tiles), lanes.dtype, detail, config)
+
+
+def kernel_name(plan: Plan) -> str:
+    """The name of the kernel that runs it."""
+    return kernel_of(plan.problem, plan.config["lanes"])[0]
+
+
+def pack_key(plan: Plan) -> Any:
+    """What the kept weights depend on besides the weights."""
+    return "one channel", plan.sums_in
+
+
+def pack(plan: Plan, operands: Operands) -> Any:
+    """The weights in the type of the sums, as they are."""
+    return _converted(operands.k, plan.sums_in)
+
+
+def _converted(k: Any, dtype: str) -> Any:
+    with np.errstate(all="ignore"):
+        return np.array(k, dtype, order="C")
+
+
+def run(plan: Plan, operands: Operands, out: Any) -> None:
+    """Write the convolution, or the input gradient, of NumPy operands into ``out``."""
+    dense.run(_run, plan, operands, out)
+
+
+def _run(plan: Plan, operands: Operands, out: Any) -> None:
+    dense.once(Bound, plan, operands, out)
+
+
+def _is_near(array: Any, lanes: Lanes) -> bool:
+    """Whether the micro-kernel can read or write the array where it lies."""
+    steps = array.strides
+    return bool(array.dtype == lanes.dtype and steps[4] == lanes.size and all(step % lanes.size == 0 for step in steps))
+
+
+class Bound:
+    """A plan for arrays of certain strides: what is left of a call is to run it."""
+
+    def __init__(self, plan: Plan, x: Any, k: Any | None, out: Any) -> None:
+        """For arrays like ``x``, ``out``, and the weights ``k`` where they are not packed already."""
+        problem, config, self.plan = plan.problem, plan.config, plan
+        self.lanes = lanes = config["lanes"]
+        self.alone = problem.result_size * problem.products < ALONE
+        # Weights that cannot be read in place are copied on every call, as this view of them: a repeated call has the
+        # caller's own array, whose axes may be in another order.
+        self.copied = None
+        if k is not None and (
+            k.dtype != lanes.dtype or not k.dtype.isnative or any(step % lanes.size for step in k.strides)
+        ):
+            self.copied = k.shape, k.strides
+        form = problem.groups, problem.O // problem.groups, 1, problem.KH, problem.KW
+        like = np.empty(form, lanes.dtype) if k is None or self.copied else k
+        table = config["table"].copy()
+        table[[SXN, SXG, SXH, SXW]] = *x.strides[:2], *x.strides[3:]
+        table[[SYN, SYG, SYO, SYH, SYW]] = out.strides
+        table[[SKG, SKO, SKP, SKQ]] = *like.strides[:2], *like.strides[3:]
+        table[NEAR_X], table[NEAR_Y] = _is_near(x, lanes), _is_near(out, lanes)
+        self.scratch = 1 if table[NEAR_X] and table[NEAR_Y] else config["threads"] * config["each"]
+        name, make = kernel_of(problem, lanes)
+        self.task = runtime.Task(runtime.kernel(name, make), table[runtime.ARRAYS :], config["threads"], plan)
+        self.finish = dense.finishing(problem, None, problem.O // problem.groups, 0, lanes)
+
+    def __call__(self, x: Any, k: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
+        """Convolve ``x`` into ``out``."""
+        problem = self.plan.problem
+        if packed is None:
+            packed = k
+            if self.copied is not None:
+                packed = _converted(np.lib.stride_tricks.as_strided(k, *self.copied), self.lanes.dtype)
+        finish = self.finish
+        if bias is not None:
+            finish = dense.finishing(problem, bias, problem.O // problem.groups, 0, self.lanes)
+        self.task(x, packed, out, np.empty(self.scratch, self.lanes.dtype), finish)
+
+
+def kernel_of(problem: Conv2dProblem, lanes: Lanes) -> tuple[str, Callable[[], Callable[..., None]]]:
+    """Name and maker of the kernel that serves ``problem``."""
+    x, y, KH, stride = problem.x_dtype, problem.y_dtype, problem.KH, problem.stride
+    tile = tile_of(problem, lanes)
+    name = f"planes_{lanes}_{x}_{y}_{tile[0]}x{tile[1]}_{KH}_{stride[0]}{stride[1]}"
+    return name, lambda: _kernel(lanes, x, y, tile, KH, stride)
+
+
+def _kernel(
+    lanes: Lanes, x_dtype: str, y_dtype: str, tile: tuple[int, int], KH: int, stride: tuple[int, int]
+) -> Callable[..., None]:
+    size, lane_count, (height, vectors), (down, across) = lanes.size, lanes.count, tile, stride
+    width = vectors * lane_count
+    anywhere, inside, streamed = (band(lanes, *tile, KH, stride, kind) for kind in (ANYWHERE, INSIDE, STREAMED))
+    one = band(lanes, height, 1, KH, stride, ANYWHERE)
+    read, _, _ = rows(lanes, x_dtype)
+    _, write, _ = rows(lanes, y_dtype)
+
+    @compiled
+    def copy(arguments, to, source, first, end, column, wide):
+        """Lines [first, end) from ``source`` on, the columns of [column, column + wide) that exist."""
+        start, pitch = max(column, 0), get(arguments, PITCH)
+        count = min(column + wide, get(arguments, W)) - start
+        if count > 0:
+            to += size * (start - column)
+            source += start * get(arguments, SXW)
+            for line in range(first, end):
+                read(to + size * line * pitch, source + line * get(arguments, SXH), count, get(arguments, SXW))
+
+    @compiled
+    def block(arguments, planes, k, image, target, i0, i1, j0, j1, bias, memory, stream):
+        """The outputs of rows i0 to i1, no more than a tile's, and columns j0 to j1 of consecutive planes."""
+        W_, KW_, step = get(arguments, W), get(arguments, KW), get(arguments, STEP)
+        lines, reach, syh = get(arguments, LINES), (KW_ - 1) * step, get(arguments, SYH)
+        top, left = i0 * down - get(arguments, TOP), j0 * across - get(arguments, LEFT)
+        # The lines that exist, counted from the one where the first output begins.
+        first = min(max(-top, 0), lines)
+        end = max(min((i1 - i0 - 1) * down + KH, get(arguments, H) - top), first)
+        source, to = image + top * get(arguments, SXH), target + i0 * syh
+        near, direct = get(arguments, NEAR_X), get(arguments, NEAR_Y)
+        x, line = source + left * size, get(arguments, SXH) // size
+        if near == 0:
+            x, line = memory, get(arguments, PITCH)
+            copy(arguments, memory, source, first, end, left, (j1 - j0 + width - 1) // width * width * across + reach)
+        beside = memory + size * lines * get(arguments, PITCH)
+        y, ldy = beside, width
+        whole = i1 - i0 == height and first == 0 and end == lines
+        for j in range(j0, j1, width):
+            at, last = j * across - get(arguments, LEFT), j1 - j
+            if direct:
+                y, ldy = to + j * size, syh // size
+            given = (
+                planes, k, get(arguments, SKG) // size, x + size * (j - j0) * across, get(arguments, SXG) // size, y,
+                get(arguments, SYG) // size, KW_, get(arguments, SKP) // size, get(arguments, SKQ) // size, line, step,
+                ldy, first, end, at, W_, i1 - i0, last, get(arguments, FINISHED), bias, get(arguments, FINISH) + size,
+            )  # fmt: skip
+            if last <= lane_count:
+                one(given)
+            elif not whole or at < 0 or at + width * across + reach > W_ or last < width:
+                anywhere(given)
+            elif stream and direct:
+                streamed(given)
+            else:
+                inside(given)
+            if not direct:
+                syw = get(arguments, SYW)
+                for t in range(i1 - i0):
+                    write(to + t * syh + j * syw, beside + size * t * width, min(last, width), syw)
+
+    def convolve(arguments, thread, threads):
+        G_, O_, OH_, OW_ = get(arguments, G), get(arguments, O), get(arguments, OH), get(arguments, OW)
+        high, wide = get(arguments, HIGH), get(arguments, WIDE)
+        down_, across_ = (OH_ + high - 1) // high, (OW_ + wide - 1) // wide
+        memory = (get(arguments, SCRATCH) + size * thread * get(arguments, PER_THREAD) + 63) // 64 * 64
+        steps = get(arguments, SYN) | get(arguments, SYG) | get(arguments, SYO) | get(arguments, SYH)
+        stream = get(arguments, STREAM) and (get(arguments, Y) | steps) % 64 == 0
+        channels, strips = G_ * O_, down_ * across_
+        tasks = get(arguments, N) * channels * strips
+        # Planes that are a tile each follow one another without coming back here.
+        at_once = 1
+        if strips == 1 and O_ == 1 and get(arguments, NEAR_X) and get(arguments, NEAR_Y):
+            at_once = channels
+        task, end = thread * tasks // threads, (thread + 1) * tasks // threads
+        plane, strip = task // max(strips, 1), task % max(strips, 1)
+        while task < end:
+            # Divisions take longer than some lines of a small plane.
+            n, channel, i, j = 0, plane, strip, 0
+            if plane >= channels:
+                n, channel = plane // channels, plane % channels
+            if across_ > 1:
+                i, j = strip // across_, strip % across_
+            g, o = channel, 0
+            if O_ > 1:
+                g, o = channel // O_, channel % O_
+            planes = min(at_once, end - task, channels - channel)
+            block(
+                arguments, planes, get(arguments, WEIGHTS) + g * get(arguments, SKG) + o * get(arguments, SKO),
+                get(arguments, X) + n * get(arguments, SXN) + g * get(arguments, SXG),
+                get(arguments, Y) + n * get(arguments, SYN) + g * get(arguments, SYG) + o * get(arguments, SYO),
+                i * high, min(i * high + high, OH_), j * wide, min(j * wide + wide, OW_),
+                get(arguments, FINISH) + size * (2 + channel), memory, stream,
+            )  # fmt: skip
+            task += planes
+            strip += 1
+            if strip == strips:
+                plane, strip = plane + planes, 0
+        if stream:
+            settle()
+
+    return convolve

@@ -1,0 +1,151 @@
+"""The micro-kernel of ``planes``: a tile of sums in registers, rows of outputs × vectors of columns, read in place.
+
+    y[t, j] = Σ_pq x[s·t + p, r·j + q·d] · k[p, q]       0 ≤ t < rows, 0 ≤ j < vectors·lanes, 0 ≤ p < taps
+
+One column q of the kernel after the other: its weights stand in registers, and the lines of the image go by. Each line
+is loaded once per column and multiplied for all outputs that it meets, so that there are more multiplications than
+loads can delay. Lines outside the image are left out; columns outside it are zero by a mask, and not touched.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from typing import Any
+
+from llvmlite import ir
+
+from gpuconv.backends.numba_cpu.vectors import I32, I64, Emitter, Lanes, Value, routine
+
+# Where a tile may lie: anywhere; with all that it reads and writes inside; the same, with results that go past the
+# caches to whole lines of memory.
+ANYWHERE, INSIDE, STREAMED = range(3)
+
+
+@functools.lru_cache(maxsize=64)
+def band(lanes: Lanes, rows: int, vectors: int, taps: int, stride: tuple[int, int], kind: int) -> Any:
+    """The micro-kernel for ``taps`` kernel rows and strides of 1 or 2: a function of (planes, k, k_plane, x, x_plane,
+    y, y_plane, KW, row, column, line, step, ldy, first, end, at, W, high, last, finish, bias, floor).
+
+    The same tile of so many planes is made, one after the other. All steps are in elements: from plane to plane,
+    ``row`` and ``column`` of k, ``line`` of x, ``step`` from tap to tap across, ``ldy`` of y. ``x`` is where the first
+    output's first tap is, in the image or not: lines [first, end) from there exist, and it is column ``at`` of the
+    image's W. The first ``high`` rows and ``last`` columns of the tile are written. With ``finish`` the number at
+    ``bias``, of each plane its own, is added, and the one at ``floor`` is the least result.
+    """
+    down, across = stride
+
+    def emit(e: Emitter, planes: Value, k: Value, k_plane: Value, x: Value, x_plane: Value, y: Value, y_plane: Value,
+             *others: Value) -> None:  # fmt: skip
+        *given, bias, floor = others
+
+        def plane(i: Value) -> None:
+            k_i, x_i, y_i = e.at(k, e.times(i, k_plane)), e.at(x, e.times(i, x_plane)), e.at(y, e.times(i, y_plane))
+            tile(e, k_i, x_i, y_i, e.at(bias, i), floor, *given)
+
+        e.loop(0, planes, 1, plane)
+
+    def tile(e: Emitter, k: Value, x: Value, y: Value, bias: Value, floor: Value, KW: Value, row: Value, column: Value,
+             line: Value, step: Value, ldy: Value, first: Value, end: Value, at: Value, W: Value, high: Value,
+             last: Value, finish: Value) -> None:  # fmt: skip
+        builder, n = e.builder, e.lanes.count
+        entry, loop, after = builder.block, e.block("columns"), e.block("after")
+        met = [[(t, l - t * down) for t in range(rows) if 0 <= l - t * down < taps]
+               for l in range((rows - 1) * down + taps)]  # fmt: skip
+        # A bit for each line that exists: one test and no registers for a small plane, where a tile is soon done.
+        exist = builder.and_(builder.shl(I64(-1), first), builder.not_(builder.shl(I64(-1), end)))
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        q = builder.phi(I64)
+        q.add_incoming(I64(0), entry)
+        begun = e.sums(rows, vectors, [(entry, None)])
+        weights = [e.splat(builder.load(e.at(k, builder.mul(q, column), e.times(row, p)))) for p in range(taps)]
+        moved = builder.mul(q, step)
+        masks = None
+        if kind == ANYWHERE:
+            here = builder.add(at, moved)
+            masks = [_inside(e, builder.add(here, I64(i * n)), W) for i in range(vectors * across)]
+
+        def pixels(l: int) -> list[Value]:
+            place = e.at(x, moved, e.times(line, l))
+            read = [
+                e.load(e.at(place, i * n)) if masks is None else e.masked_load(e.at(place, i * n), masks[i])
+                for i in range(vectors * across)
+            ]
+            if across == 1:
+                return read
+            return [e.shuffle(a, b, range(0, 2 * n, 2)) for a, b in zip(read[::2], read[1::2], strict=True)]
+
+        def multiplied(sums: list[list[Value]], l: int) -> list[list[Value]]:
+            """The sums with what line ``l`` gives to the outputs that it meets."""
+            sums, values = list(sums), pixels(l)
+            for t, p in met[l]:
+                sums[t] = [e.fma(weights[p], value, total) for value, total in zip(values, sums[t], strict=True)]
+            return sums
+
+        sums = begun
+        for l in range(len(met)):
+            if not met[l]:
+                continue
+            if kind != ANYWHERE:
+                sums = multiplied(sums, l)
+                continue
+            before, there, following = builder.block, e.block("there"), e.block("following")
+            builder.cbranch(builder.icmp_signed("!=", builder.and_(exist, I64(1 << l)), I64(0)), there, following)
+            builder.position_at_end(there)
+            new = multiplied(sums, l)
+            builder.branch(following)
+            builder.position_at_end(following)
+            sums = list(sums)
+            for t, _ in met[l]:
+                (sums[t],) = e.sums(1, vectors, [(before, [sums[t]]), (there, [new[t]])])
+        following_q = builder.add(q, I64(1))
+        q.add_incoming(following_q, builder.block)
+        for t in range(rows):
+            for v in range(vectors):
+                begun[t][v].add_incoming(sums[t][v], builder.block)
+        builder.cbranch(builder.icmp_signed("<", following_q, KW), loop, after)
+
+        builder.position_at_end(after)
+        apart, write = e.block("apart"), e.block("write")
+        builder.cbranch(builder.icmp_signed("!=", finish, I64(0)), apart, write)
+        builder.position_at_end(apart)
+        offset, least = e.splat(builder.load(bias)), e.splat(builder.load(floor))
+        finished = [[builder.fadd(total, offset) for total in totals] for totals in sums]
+        finished = [
+            [builder.select(builder.fcmp_ordered("<", total, least), least, total) for total in totals]
+            for totals in finished
+        ]
+        builder.branch(write)
+
+        builder.position_at_end(write)
+        results = e.sums(rows, vectors, [(after, sums), (apart, finished)])
+        there_are = [e.mask(builder.sub(last, I64(v * n))) for v in range(vectors)]
+        for t in range(rows):
+            with builder.if_then(builder.icmp_signed(">", high, I64(t))) if kind == ANYWHERE else nullcontext():
+                for v, result in enumerate(results[t]):
+                    place = e.at(y, e.times(ldy, t), v * n)
+                    if kind == ANYWHERE:
+                        e.masked_store(result, place, there_are[v])
+                    elif kind == INSIDE:
+                        e.store(result, place)
+                    else:
+                        e.stream(result, place)
+
+    name = f"band_{lanes}_{rows}x{vectors}_{taps}_{down}{across}_{kind}"
+    return routine(name, lanes, "ieieieiiiiiiiiiiiiiiee", emit)
+
+
+def _inside(e: Emitter, column: Value, W: Value) -> Value:
+    """True in those lanes of a vector from ``column`` on, which may be negative, that are among the ``W`` columns."""
+    builder, n = e.builder, e.lanes.count
+    kind = ir.VectorType(I32, n)
+
+    def lane(number: Value) -> Value:
+        number = builder.select(builder.icmp_signed("<", number, I64(0)), I64(0), number)
+        return builder.trunc(builder.select(builder.icmp_signed(">", number, I64(n)), I64(n), number), I32)
+
+    first, end = lane(builder.neg(column)), lane(builder.sub(W, column))
+    from_first = builder.sub(ir.Constant(kind, list(range(n))), e.splat_of(kind, first))
+    return builder.icmp_unsigned("<", from_first, e.splat_of(kind, builder.sub(end, first)))
