@@ -233,10 +233,14 @@ def _tiff(photo: Path, files: ExitStack) -> tuple[Storage, str, dict[str, Any]]:
 
 
 def _library(name: str) -> Any:
-    import importlib
-
     try:
-        return importlib.import_module(name)
+        if name == "zarr":
+            import zarr
+
+            return zarr
+        import tifffile
+
+        return tifffile
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != name:
             raise
