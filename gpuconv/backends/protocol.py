@@ -30,6 +30,7 @@ class Target:
     vector_bits: int | None = None  # of the CPU's vector registers; None: what this machine has
     swapped: bool = False  # whether an operand is in another byte order than the machine's
     separable: bool = False  # whether k is known to be an outer product of a column and a row
+    gpu: Any = None  # numba_cuda's facts of a GPU that is not here; None: of the one at ordinal
 
     def __str__(self) -> str:
         return self.device if self.ordinal is None else f"{self.device}:{self.ordinal}"

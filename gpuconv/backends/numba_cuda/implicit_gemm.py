@@ -8,13 +8,14 @@ No GPU has run this yet: it runs when asked for by name, and ``explain`` says so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gpuconv import dtypes
-from gpuconv.backends.numba_cuda import direct, launch, tiles
+from gpuconv.backends.numba_cuda import cost, direct, gpus, launch, tiles
+from gpuconv.backends.numba_cuda.cost import Candidate
 from gpuconv.backends.numba_cuda.tiles import Tile
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
@@ -32,6 +33,8 @@ _PANELS = 2**23
 # A slice of channels may be this much longer than the channels it holds; with more waste, products of all taps share
 # slices, which costs two table look-ups per element instead of two per slice.
 _WASTE = 1.25
+# Products of a part of a sum, at least: an output leaves 4 bytes per part to be written and read once more.
+_SHORTEST = 256
 
 unavailable = launch.unavailable
 
@@ -87,15 +90,25 @@ class Launch:
         return self.parts * self.part.problem.O * self.plane(images) if self.parts > 1 else 0
 
 
-def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
-    """Choose the tiles, and cut sums and batches so that packed weights and partial sums fit ``limit``."""
+def plan(problem: Conv2dProblem, target: Target, limit: int, configuration: Sequence[Candidate] | None = None) -> Plan:
+    """Choose the tiles, and cut sums and batches so that packed weights and partial sums fit ``limit``.
+
+    ``configuration`` is one of ``configurations``; without it what was tuned, or else the first of them.
+    """
+    gpu = gpus.of(target)
     lowered = direct.parts(problem)
+    works = [_work(problem, part.problem) for part in lowered]
+    chosen = configuration or configurations(problem, target, 1)[0]
     fixed = sum(part.problem.table_bytes() for part in lowered)
     fixed += problem.result_channels * dtypes.itemsize(problem.sum_dtype)
-    launches = tuple(_cut(problem, part, limit - fixed, fixed) for part in lowered)
+    launches = tuple(
+        _cut(problem, part, work, candidate, limit - fixed, fixed)
+        for part, work, candidate in zip(lowered, works, chosen, strict=True)
+    )
     itemsize = dtypes.itemsize(problem.sum_dtype)
     scratch = fixed + itemsize * max((_scratch(part) for part in launches), default=0)
-    return Plan(problem, scratch, problem.sum_dtype, _told(launches), {"launches": launches})
+    told = _told(launches) + cost.told(works, chosen, gpu)
+    return Plan(problem, scratch, problem.sum_dtype, told, {"launches": launches})
 
 
 def _scratch(part: Launch) -> int:
@@ -103,26 +116,63 @@ def _scratch(part: Launch) -> int:
     return part.parts_packed * part.panel_size + part.partial_size(part.images)
 
 
-def _cut(problem: Conv2dProblem, part: direct.Part, room: int, fixed: int) -> Launch:
-    """The launch of ``part`` within ``room`` bytes.
+def configurations(problem: Conv2dProblem, target: Target, most: int) -> list[tuple[Candidate, ...]]:
+    """The ways to run the problem that should be fastest, the choice first: a tile and parts for every launch.
 
-    What is summed together, and in which order, depends on the problem of one image alone: not on the room, nor on the
-    number of images. So does the number of parts; how many images and parts are under way at once does not.
+    What is summed together, and in which order, depends on the problem of one image alone: not on the workspace, nor
+    on the number of images. The sum of a weight gradient goes over the batch.
     """
-    forward = part.problem
-    C, O = forward.C // forward.groups, forward.O // forward.groups
+    gpu = gpus.of(target)
+    gradient = problem.op == "weight_grad"
+    found = []
+    for part in direct.parts(problem):
+        work = _work(problem, part.problem)
+        least = 1
+        if gradient:  # its weights are dy, which may be larger than any workspace: parts are packed one at a time
+            forward = part.problem
+            slots = work.slices * work.depth
+            least = max(1, min(work.slices, slots * max(work.outputs, 16) * forward.groups // _PANELS))
+        counts = cost.divisions(work.slices, least, _SHORTEST // work.depth)
+        batches = (work.images,) if gradient else cost.BATCHES
+        found.append(cost.configurations(work, tiles.TILES[problem.sum_dtype], counts, gpu, batches, most))
+    # The r-th best of every launch together.
+    return [tuple(ways[min(rank, len(ways) - 1)] for ways in found) for rank in range(max(map(len, found), default=1))]
+
+
+def _by_tap(problem: Conv2dProblem, forward: Conv2dProblem) -> bool:
+    """Whether slices are of one tap each; not where that wastes too much of them, nor for the images of a batch."""
+    C, depth = forward.C // forward.groups, tiles.SMALL.depth
+    return problem.op != "weight_grad" and -(-C // depth) * depth <= _WASTE * C
+
+
+def _work(problem: Conv2dProblem, forward: Conv2dProblem) -> cost.Work:
+    """What one launch computes."""
+    C, O, depth = forward.C // forward.groups, forward.O // forward.groups, tiles.SMALL.depth
     taps, plane = forward.KH * forward.KW, forward.OH * forward.OW
-    gradient = problem.op == "weight_grad"  # its images are channels, and its sum is over the batch
-    depth = tiles.SMALL.depth
-    by_tap = not gradient and -(-C // depth) * depth <= _WASTE * C
-    slices = taps * -(-C // depth) if by_tap else -(-C * taps // depth)
-    wanted = tiles.choose_parts(O, plane * (forward.N if gradient else 1), forward.groups, slices)
-    if gradient:  # its weights are dy, which may be larger than any workspace: parts are packed one at a time
-        wanted = max(wanted, slices * depth * max(O, tiles.SMALL.outputs) * forward.groups // _PANELS)
-    part_slices = -(-slices // wanted)
-    parts = -(-slices // part_slices) if slices else 1  # none of them empty
-    tile = tiles.choose(problem.sum_dtype, O, plane * forward.N, forward.groups * parts)
-    whole = Launch(part, tile, by_tap, slices, parts, forward.N, parts)
+    by_tap = _by_tap(problem, forward)
+    itemsize = dtypes.itemsize(problem.sum_dtype)
+    return cost.Work(
+        way=problem.sum_dtype,
+        outputs=O,
+        pixels=plane,
+        images=forward.N,
+        groups=forward.groups,
+        slices=taps * -(-C // depth) if by_tap else -(-C * taps // depth),
+        depth=depth,
+        itemsize=itemsize,
+        image_bytes=itemsize * (forward.C * forward.H * forward.W + forward.O * plane),
+        weight_bytes=itemsize * forward.O * C * taps,
+    )
+
+
+def _cut(
+    problem: Conv2dProblem, part: direct.Part, work: cost.Work, candidate: Candidate, room: int, fixed: int
+) -> Launch:
+    """The launch of ``part`` within ``room`` bytes; how many images and parts are under way at once depends on it."""
+    forward, slices = part.problem, work.slices
+    by_tap = _by_tap(problem, forward)
+    parts = candidate.parts
+    whole = Launch(part, candidate.tile, by_tap, slices, parts, forward.N, parts)
 
     itemsize = dtypes.itemsize(problem.sum_dtype)
     room //= itemsize

@@ -7,7 +7,7 @@ first element and its strides, so every view is served in place: transposed, ste
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -176,11 +176,45 @@ def address(vector: Any) -> int:
     return int(vector.__cuda_array_interface__["data"][0])
 
 
-def jit(body: Any, registers: int | None = None) -> Any:
-    """The kernel ``body``, to be compiled at its first launch, each thread with so many registers at most."""
+def jit(body: Any, registers: int | None = None, dynamic: int = 0) -> Any:
+    """The kernel ``body``, to be compiled at its first launch, each thread with so many registers at most.
+
+    A block of it has ``dynamic`` bytes of shared memory beyond what its code declares.
+    """
     from numba import cuda
 
-    return cuda.jit(body) if registers is None or convert.simulated() else cuda.jit(body, max_registers=registers)
+    made = cuda.jit(body) if registers is None or convert.simulated() else cuda.jit(body, max_registers=registers)
+    return made if dynamic == 0 else _Asking(made, dynamic)
+
+
+class _Asking:
+    """A kernel whose blocks take more shared memory than a launch may without asking, 48 KiB."""
+
+    def __init__(self, kernel: Any, dynamic: int) -> None:
+        self.kernel, self.dynamic = kernel, dynamic
+        self.asked: set[Any] = set()  # (function, device)
+
+    def __getitem__(self, shape: tuple[Any, ...]) -> Callable[..., None]:
+        grid, threads, stream = (*shape, 0)[:3]
+
+        def launch(*arguments: Any) -> None:
+            if not convert.simulated():
+                self.ask(arguments)
+            self.kernel[grid, threads, stream, self.dynamic](*arguments)
+
+        return launch
+
+    def ask(self, arguments: tuple[Any, ...]) -> None:
+        """Raise the limit of the compiled function, once on each device; Numba's driver has the call but no method."""
+        from numba.cuda.cudadrv import driver
+
+        types = tuple(self.kernel.typeof_pyval(argument) for argument in arguments)
+        function = self.kernel.compile(types)._codelibrary.get_cufunc()
+        place = function.device.id
+        if (types, place) not in self.asked:
+            attribute = driver.binding.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            driver.driver.cuKernelSetAttribute(attribute, self.dynamic, function.handle, place)
+            self.asked.add((types, place))
 
 
 def on_gpu(ordinal: int | None) -> AbstractContextManager[Any]:
