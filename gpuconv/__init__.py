@@ -1,8 +1,8 @@
 """2-D convolution for NumPy and CuPy arrays, on the GPU or the CPU.
 
 ``conv2d`` computes, ``conv_transpose2d``, ``conv1d``, ``unfold``, ``fold`` and ``grad`` are its relatives, ``Conv2d``
-is one prepared for many images. ``explain`` says what would run and why, ``info`` what this machine can do. Importing
-gpuconv loads neither Numba nor CuPy.
+is one prepared for many images. ``explain`` says what would run and why, ``info`` what this machine can do,
+``autotune`` measures how a GPU runs a convolution fastest. Importing gpuconv loads neither Numba nor CuPy.
 """
 
 import importlib
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gpuconv.prepared import Conv2d
     from gpuconv.tracing import Trace, trace
     from gpuconv.transpose import conv_transpose2d
+    from gpuconv.tuning import Tuning, autotune
 
 __all__ = [
     "Conv2d",
@@ -31,7 +32,9 @@ __all__ = [
     "Explanation",
     "NoBackendError",
     "Trace",
+    "Tuning",
     "__version__",
+    "autotune",
     "clear",
     "conv1d",
     "conv2d",
@@ -60,6 +63,8 @@ _LATER = {
     "info": "machine",
     "Trace": "tracing",
     "trace": "tracing",
+    "Tuning": "tuning",
+    "autotune": "tuning",
 }
 
 

@@ -367,6 +367,14 @@ _FORMS = {
 }
 
 
+def shape_of(problem: Conv2dProblem, which: int) -> tuple[int, ...]:
+    """The four-dimensional shape, in the caller's layout, of an image or kernel: operand 0 or 1, or the result, 2."""
+    shape = problem.result_shape if which == 2 else problem.operand_shapes[which] or ()
+    kernel = _FORMS[problem.op][which] == "kernel"
+    axes = layouts.kernel_axes(problem.kernel_layout, 4) if kernel else layouts.image_axes(problem.layout, 4)
+    return tuple(shape[axes.index(axis)] for axis in range(4))
+
+
 def view(problem: Conv2dProblem, which: int, array: Array) -> Array:
     """An operand (0, 1) or the result (2) as implementations see it: a view with the groups as an axis."""
     form = _FORMS[problem.op][which]

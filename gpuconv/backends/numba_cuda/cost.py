@@ -162,7 +162,9 @@ def configurations(
     return [chosen, *others][:most]
 
 
-def told(works: Iterable[Work], chosen: Iterable[Candidate], gpu: Gpu) -> str:
-    """The prediction in a few words, for explain."""
-    predicted, least = sum(found.seconds for found in chosen), sum(floor(work, gpu) for work in works)
-    return f"; {predicted * 1e6:.3g} µs predicted on {gpu.name}, where the floor is {least * 1e6:.3g} µs; not measured"
+def told(works: Iterable[Work], chosen: Iterable[Candidate], gpu: Gpu, measured: float | None) -> str:
+    """The prediction, or the measurement, in a few words, for explain."""
+    least = f"on {gpu.name}, where the floor is {sum(floor(work, gpu) for work in works) * 1e6:.3g} µs"
+    if measured is not None:
+        return f"; tuned: {measured * 1e6:.3g} µs measured {least}"
+    return f"; {sum(found.seconds for found in chosen) * 1e6:.3g} µs predicted {least}; not measured"

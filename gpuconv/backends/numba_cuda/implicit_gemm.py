@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gpuconv import dtypes
-from gpuconv.backends.numba_cuda import cost, direct, gpus, launch, tiles
+from gpuconv.backends.numba_cuda import cost, direct, gpus, launch, tiles, tuned
 from gpuconv.backends.numba_cuda.cost import Candidate
 from gpuconv.backends.numba_cuda.tiles import Tile
 from gpuconv.backends.protocol import Operands, Plan, Target
@@ -98,6 +98,12 @@ def plan(problem: Conv2dProblem, target: Target, limit: int, configuration: Sequ
     gpu = gpus.of(target)
     lowered = direct.parts(problem)
     works = [_work(problem, part.problem) for part in lowered]
+    remembered = None
+    if configuration is None:
+        least = [_least(problem, work) for work in works]
+        remembered = tuned.find(tuned.key(NAME, problem, target, limit), tiles.TILES[problem.sum_dtype], works, least)
+    if remembered is not None:
+        configuration = remembered.configuration
     chosen = configuration or configurations(problem, target, 1)[0]
     fixed = sum(part.problem.table_bytes() for part in lowered)
     fixed += problem.result_channels * dtypes.itemsize(problem.sum_dtype)
@@ -107,7 +113,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int, configuration: Sequ
     )
     itemsize = dtypes.itemsize(problem.sum_dtype)
     scratch = fixed + itemsize * max((_scratch(part) for part in launches), default=0)
-    told = _told(launches) + cost.told(works, chosen, gpu)
+    told = _told(launches) + cost.told(works, chosen, gpu, remembered.seconds if remembered else None)
     return Plan(problem, scratch, problem.sum_dtype, told, {"launches": launches})
 
 
@@ -127,16 +133,19 @@ def configurations(problem: Conv2dProblem, target: Target, most: int) -> list[tu
     found = []
     for part in direct.parts(problem):
         work = _work(problem, part.problem)
-        least = 1
-        if gradient:  # its weights are dy, which may be larger than any workspace: parts are packed one at a time
-            forward = part.problem
-            slots = work.slices * work.depth
-            least = max(1, min(work.slices, slots * max(work.outputs, 16) * forward.groups // _PANELS))
-        counts = cost.divisions(work.slices, least, _SHORTEST // work.depth)
+        counts = cost.divisions(work.slices, _least(problem, work), _SHORTEST // work.depth)
         batches = (work.images,) if gradient else cost.BATCHES
         found.append(cost.configurations(work, tiles.TILES[problem.sum_dtype], counts, gpu, batches, most))
     # The r-th best of every launch together.
     return [tuple(ways[min(rank, len(ways) - 1)] for ways in found) for rank in range(max(map(len, found), default=1))]
+
+
+def _least(problem: Conv2dProblem, work: cost.Work) -> int:
+    """The fewest parts: the weights of a gradient are dy, of which a part has to fit in any workspace."""
+    if problem.op != "weight_grad":
+        return 1
+    panels = work.slices * work.depth * max(work.outputs, tiles.SMALL.outputs) * work.groups
+    return max(1, min(work.slices, panels // _PANELS))
 
 
 def _by_tap(problem: Conv2dProblem, forward: Conv2dProblem) -> bool:

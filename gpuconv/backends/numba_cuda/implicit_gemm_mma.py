@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gpuconv import dtypes
-from gpuconv.backends.numba_cuda import convert, cost, direct, gpus, launch, tensor_tile
+from gpuconv.backends.numba_cuda import convert, cost, direct, gpus, launch, tensor_tile, tuned
 from gpuconv.backends.numba_cuda.cost import Candidate
 from gpuconv.backends.numba_cuda.tensor_shape import SLICE_BYTES, TALL, TensorTile
 from gpuconv.backends.protocol import Operands, Plan, Target
@@ -160,6 +160,14 @@ def plan(problem: Conv2dProblem, target: Target, limit: int, configuration: Sequ
     """
     lowered = direct.parts(problem)
     works = [_work(problem, part.problem) for part in lowered]
+    remembered = None
+    if configuration is None:
+        least = [_least(problem, work) for work in works]
+        remembered = tuned.find(
+            tuned.key(NAME, problem, target, limit), tensor_tile.tiles(way(problem) or "tf32"), works, least
+        )
+    if remembered is not None:
+        configuration = remembered.configuration
     chosen = configuration or configurations(problem, target, 1)[0]
     fixed = sum(part.problem.table_bytes() for part in lowered)
     fixed += problem.result_channels * dtypes.itemsize(problem.sum_dtype)
@@ -168,7 +176,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int, configuration: Sequ
         for part, work, candidate in zip(lowered, works, chosen, strict=True)
     )
     scratch = fixed + max((cut.scratch for cut in launches), default=0)
-    told = _told(launches) + cost.told(works, chosen, gpus.of(target))
+    told = _told(launches) + cost.told(works, chosen, gpus.of(target), remembered.seconds if remembered else None)
     return Plan(problem, scratch, "float32", told, {"launches": launches})
 
 
@@ -181,15 +189,20 @@ def configurations(problem: Conv2dProblem, target: Target, most: int) -> list[tu
     found = []
     for part in direct.parts(problem):
         work = _work(problem, part.problem)
-        slots = work.slices * work.depth
-        least = slots // _LONGEST
-        if gradient:  # its weights are dy, which may be larger than any workspace: parts are packed one at a time
-            least = max(least, slots * max(work.outputs, TALL.outputs) * work.groups // _PANELS)
-        counts = cost.divisions(work.slices, max(1, min(least, work.slices)), _SHORTEST // work.depth)
+        counts = cost.divisions(work.slices, _least(problem, work), _SHORTEST // work.depth)
         batches = (work.images,) if gradient else cost.BATCHES
         found.append(cost.configurations(work, tensor_tile.tiles(work.way), counts, gpu, batches, most))
     # The r-th best of every launch together.
     return [tuple(ways[min(rank, len(ways) - 1)] for ways in found) for rank in range(max(map(len, found), default=1))]
+
+
+def _least(problem: Conv2dProblem, work: cost.Work) -> int:
+    """The fewest parts: none too long, and the weights of a gradient are dy, of which one has to fit any workspace."""
+    slots = work.slices * work.depth
+    least = -(-slots // _LONGEST)
+    if problem.op == "weight_grad":
+        least = max(least, slots * max(work.outputs, TALL.outputs) * work.groups // _PANELS)
+    return max(1, min(least, work.slices))
 
 
 def _work(problem: Conv2dProblem, forward: Conv2dProblem) -> cost.Work:
