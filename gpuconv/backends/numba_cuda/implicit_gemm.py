@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gpuconv import dtypes
-from gpuconv.backends.numba_cuda import cost, direct, gpus, launch, tiles, tuned
+from gpuconv.backends.numba_cuda import cost, direct, gpus, launch, replay, tiles, tuned
 from gpuconv.backends.numba_cuda.cost import Candidate
+from gpuconv.backends.numba_cuda.replay import Kept
 from gpuconv.backends.numba_cuda.tiles import Tile
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
@@ -232,7 +233,7 @@ def pack_key(plan: Plan) -> Any:
     return tuple((part.tile.outputs, part.tile.depth, part.by_tap, part.parts) for part in launches)
 
 
-def pack(plan: Plan, operands: Operands) -> Any:
+def pack(plan: Plan, operands: Operands) -> Kept:
     """The panels of a forward convolution, one per launch, or the kernel; in device memory."""
     from gpuconv.backends.numba_cuda import implicit_gemm_run
 
@@ -243,24 +244,41 @@ def pack(plan: Plan, operands: Operands) -> Any:
             k = [implicit_gemm_run.packed(cut, k, operands.x, stream) for cut in plan.config["launches"]]
         if stream:
             stream.synchronize()  # other streams will read it
-        return k
+        return Kept(k)
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
     """Launch the kernels on NumPy operands (uploaded and downloaded here) or on CuPy ones, on the given stream."""
-    from gpuconv.backends.numba_cuda import implicit_gemm_run
-
-    problem = plan.problem
+    like, kept = operands.x, operands.packed
     with ExitStack() as stack:
         stack.enter_context(launch.on_gpu(operands.ordinal))
-        stream = launch.stream(operands.stream, operands.x)
+        stream = launch.stream(operands.stream, like)
+        if kept is not None and replay.in_place(like) and replay.in_place(out):
+            address = launch.stream_address(operands.stream, like)
+            x = like
+            kept.run(plan, x, out, address, stream, lambda: _call(plan, operands, launch.flat(out), stream))
+            return
         y = stack.enter_context(launch.output(out, stream))
-        x = launch.flat(operands.x, stream)
-        k = launch.flat(operands.k, stream) if operands.packed is None else operands.packed
-        bias = launch.vector(operands.x, operands.bias, dtypes.numpy_dtype(problem.sum_dtype), 1, stream)
-        held = []  # until the stack unwinds: what was uploaded must outlive the kernels
-        for number, cut in enumerate(plan.config["launches"]):
-            # Panels are of a forward convolution, which sees x and y as they are.
-            of_x, of_k, of_y = (x, k[number], y) if isinstance(k, list) else direct.views(problem, cut.part, x, k, y)
-            has_bias = operands.bias is not None
-            held.append(implicit_gemm_run.run(cut, of_x, of_k, of_y, bias, has_bias, operands.x, stream))
+        # Held until the stack unwinds, because what was uploaded must outlive the kernels.
+        call = _call(plan, operands, y, stream)
+        for step in call.steps:
+            step.run(stream)
+
+
+def _call(plan: Plan, operands: Operands, y: Any, stream: Any) -> replay.Call:
+    """The launches of a call into y."""
+    from gpuconv.backends.numba_cuda import implicit_gemm_run
+
+    problem, like, kept = plan.problem, operands.x, operands.packed
+    x = launch.flat(like, stream)
+    k = launch.flat(operands.k, stream) if kept is None else kept.weights
+    bias = launch.vector(like, operands.bias, dtypes.numpy_dtype(problem.sum_dtype), 1, stream)
+    has_bias = operands.bias is not None
+    steps: list[replay.Step] = []
+    for number, cut in enumerate(plan.config["launches"]):
+        # Panels are of a forward convolution, which sees x and y as they are.
+        of_x, of_k, of_y = (x, k[number], y) if isinstance(k, list) else direct.views(problem, cut.part, x, k, y)
+        steps += implicit_gemm_run.steps(cut, of_x, of_k, of_y, bias, has_bias, like, stream)
+    if kept is not None and stream:
+        stream.synchronize()  # other streams will read the tables
+    return replay.Call(steps, x.vector, y.vector)

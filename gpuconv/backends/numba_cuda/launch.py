@@ -71,11 +71,16 @@ class Flat:
         return (self.vector, self.offset, *self.strides)
 
 
+def resident(array: Any) -> bool:
+    """Whether an array is in a GPU's memory."""
+    return not isinstance(array, np.ndarray)
+
+
 def flat(array: Any, on: Any = 0) -> Flat:
     """A GPU array in place, or a host array uploaded, on the stream ``on``, in its own memory order."""
     from numba import cuda
 
-    if isinstance(array, np.ndarray):
+    if not resident(array):
         array = arrays.native(array)
         axes = _memory_order(array)
         dense = np.ascontiguousarray(array.transpose(axes))
@@ -83,9 +88,16 @@ def flat(array: Any, on: Any = 0) -> Flat:
     if any(step % array.itemsize for step in array.strides):
         array = array.copy()
     low, high = arrays.byte_bounds(array)
-    offset = (int(array.data.ptr) - low) // array.itemsize
-    vector = cuda.as_cuda_array(_Span(array, low, (high - low) // array.itemsize), sync=False)
+    offset = (arrays.address(array) - low) // array.itemsize
+    vector = _in_place(_Span(array, low, (high - low) // array.itemsize))
     return Flat(vector, offset, tuple(step // array.itemsize for step in array.strides))
+
+
+def _in_place(span: _Span) -> Any:
+    """The vector that a kernel is handed for memory of another library."""
+    from numba import cuda
+
+    return cuda.as_cuda_array(span, sync=False)
 
 
 @contextmanager
@@ -93,7 +105,7 @@ def output(out: Any, on: Any = 0) -> Iterator[Flat]:
     """Where the kernel writes ``out``: in place on a GPU, else device memory that is downloaded at the end."""
     from numba import cuda
 
-    if not isinstance(out, np.ndarray):
+    if resident(out):
         target = out if all(step % out.itemsize == 0 for step in out.strides) else out.copy()
         yield flat(target)
         if target is not out:
@@ -149,7 +161,7 @@ def vector(like: Any, values: Any | None, dtype: np.dtype[Any], size: int = 1, o
     """A small contiguous vector on the device that holds ``like``; ``size`` zeros when there are no values."""
     from numba import cuda
 
-    if isinstance(like, np.ndarray):
+    if not resident(like):
         host = np.zeros(size, dtype) if values is None else np.ascontiguousarray(values, dtype)
         return cuda.to_device(host, stream=on)
     import cupy
@@ -162,7 +174,7 @@ def scratch(like: Any, dtype: np.dtype[Any], size: int) -> Any:
     """Uninitialised memory of ``size`` elements on the device that holds ``like``."""
     from numba import cuda
 
-    if isinstance(like, np.ndarray):
+    if not resident(like):
         return cuda.device_array(size, dtype)
     import cupy
 
@@ -226,12 +238,18 @@ def on_gpu(ordinal: int | None) -> AbstractContextManager[Any]:
     return cuda.gpus[ordinal]  # type: ignore[no-any-return]
 
 
-def stream(address: int | None, like: Any) -> Any:
-    """The Numba stream for a launch: the given one, CuPy's current one for CuPy arrays, or the default."""
-    from numba import cuda
-
-    if address is None and not isinstance(like, np.ndarray):
+def stream_address(address: int | None, like: Any) -> int:
+    """Where the stream of a launch is: the given one, CuPy's current one for CuPy arrays, or the default, 0."""
+    if address is None and resident(like):
         import cupy
 
         address = int(cupy.cuda.get_current_stream().ptr)
+    return address or 0
+
+
+def stream(address: int | None, like: Any) -> Any:
+    """The Numba stream for a launch: of ``stream_address``."""
+    from numba import cuda
+
+    address = stream_address(address, like)
     return cuda.external_stream(address) if address and not convert.simulated() else 0
