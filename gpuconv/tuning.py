@@ -136,17 +136,20 @@ def _measure(module: Any, problem: Conv2dProblem, ordinal: int | None, plans: li
         bias = None
         if problem.bias:
             bias = cupy.asarray(np.zeros(problem.result_channels, dtypes.numpy_dtype(problem.y_dtype)))
+        stream = cupy.cuda.Stream(non_blocking=True)
         runs: list[Callable[[], None] | None] = []
         for plan in plans:
             operands = Operands(first, second, bias, ordinal=ordinal)
-            if plan is not None and problem.op == "forward":
-                operands.packed = module.pack(plan, operands)
+            if plan is not None:
+                operands.packed = module.pack(plan, operands)  # as Conv2d does, whose calls are nothing but launches
 
             def run(plan: Plan | None = plan, operands: Operands = operands) -> None:
                 module.run(plan, operands, out)
 
             runs.append(None if plan is None else run)
-        return rounds(runs, clock())
+        cupy.cuda.get_current_stream().synchronize()  # the operands are there
+        with stream:
+            return rounds(runs, clock(stream))
 
 
 def _operand(problem: Conv2dProblem, which: int, rng: np.random.Generator | None) -> Any:
@@ -171,25 +174,34 @@ def rounds(runs: list[Callable[[], None] | None], clock: Callable[[Callable[[], 
     return [statistics.median(own) if own else None for own in times]
 
 
-def clock() -> Callable[[Callable[[], None]], float]:
-    """A function that gives the GPU's seconds for what a run launches, measured by events on the current stream."""
+def clock(stream: Any) -> Callable[[Callable[[], None]], float]:
+    """A function that gives the GPU's seconds for what a run launches on ``stream``, the current one.
+
+    The launches are captured in a graph, so that what the host takes to launch them is not in the time.
+    """
     import cupy
 
     begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-    counts: dict[Any, int] = {}
+    graphs: dict[Any, tuple[Any, int]] = {}
 
-    def elapsed(run: Callable[[], None], count: int) -> float:
-        begin.record()
+    def elapsed(graph: Any, count: int) -> float:
+        begin.record(stream)
         for _ in range(count):
-            run()
-        end.record()
+            graph.launch(stream)
+        end.record(stream)
         end.synchronize()
         return float(cupy.cuda.get_elapsed_time(begin, end)) * 1e-3 / count
 
     def seconds(run: Callable[[], None]) -> float:
-        if run not in counts:  # the first call compiles, the second tells how many make a measurement
-            run()
-            counts[run] = max(1, min(1000, int(_SECONDS / max(elapsed(run, 1), 1e-6))))
-        return elapsed(run, counts[run])
+        if run not in graphs:
+            run()  # compiles, and makes what later calls use again
+            stream.begin_capture()
+            try:
+                run()
+            finally:
+                graph = stream.end_capture()
+            elapsed(graph, 1)
+            graphs[run] = graph, max(1, min(1000, int(_SECONDS / max(elapsed(graph, 1), 1e-6))))
+        return elapsed(*graphs[run])
 
     return seconds

@@ -33,7 +33,6 @@ OUTSIDE = {"subprocess", "system", "popen", "socket", "urllib", "http", "request
 
 
 # gpuconv's own compiled kernels, and only those, are read back as code, from a folder that is this user's alone.
-# Numba's compilers have a method ``compile``.
 ALLOWED = {
     "backends/numba_cpu/kernel_cache.py": {"pickle", "tempfile"},
     # Numba's method of a kernel, not Python's function.

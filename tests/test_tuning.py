@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 import threading
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -259,12 +261,48 @@ def test_runs_are_timed_in_turn_and_the_median_counts():
     assert calls == ["a", "b"] * 7
 
 
+def test_launches_are_timed_as_a_graph(monkeypatch):
+    """As many as make a measurement long enough, and nothing of what the host takes to launch them."""
+    told: list[str] = []
+    now = {"ms": 0.0}
+
+    class Event:
+        at = 0.0
+
+        def record(self, stream: Any) -> None:
+            self.at = now["ms"]
+
+        def synchronize(self) -> None:
+            told.append("wait")
+
+    class Graph:
+        def launch(self, stream: Any) -> None:
+            told.append("replay")
+            now["ms"] += 0.5
+
+    class Stream:
+        def begin_capture(self) -> None:
+            told.append("begin")
+
+        def end_capture(self) -> Any:
+            told.append("end")
+            return Graph()
+
+    def run() -> None:
+        told.append("run")
+        now["ms"] += 100
+
+    events = SimpleNamespace(Event=Event, get_elapsed_time=lambda begin, end: end.at - begin.at)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=events))
+    seconds = tuning.clock(Stream())
+    assert seconds(run) == seconds(run) == 0.5e-3
+    once = ["run", "begin", "run", "end", *["replay", "wait"] * 2]
+    assert told == once + ["replay"] * 4 + ["wait"] + ["replay"] * 4 + ["wait"]
+
+
 @pytest.mark.parametrize("line", [LINE, "n2c6h5w4_o4kh3kw2_p1g2_nhwc_hwio_f32", "n2c6h5w4_o4kh3kw2_wgrad_f32"])
 def test_made_up_operands_have_the_form_of_real_ones(line, monkeypatch):
     """Of every op and layout, as implementations are given them."""
-    import sys
-    from types import SimpleNamespace
-
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(asarray=np.asarray))
     problem = Conv2dProblem.parse(line)
     rng = np.random.default_rng(0)

@@ -226,15 +226,18 @@ def _told(launches: tuple[Launch, ...]) -> str:
 
 
 def pack_key(plan: Plan) -> Any:
-    """The form of the panels; None where the kernel is kept as it is, because its panels are made piece by piece."""
+    """The form of the panels; None where the kernel is kept as it is.
+
+    Because its panels are made piece by piece, or of views of it, as those of a gradient are.
+    """
     launches = plan.config["launches"]
-    if any(part.parts_packed < part.parts for part in launches):
+    if plan.problem.op != "forward" or any(part.parts_packed < part.parts for part in launches):
         return None
     return tuple((part.tile.outputs, part.tile.depth, part.by_tap, part.parts) for part in launches)
 
 
 def pack(plan: Plan, operands: Operands) -> Kept:
-    """The panels of a forward convolution, one per launch, or the kernel; in device memory."""
+    """The panels, one per launch, or the kernel; in device memory."""
     from gpuconv.backends.numba_cuda import implicit_gemm_run
 
     with launch.on_gpu(operands.ordinal):
