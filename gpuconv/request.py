@@ -317,7 +317,7 @@ def execute(
                 streaming.compute(choice.name, problem, pieces, operands, result, packed)
             else:
                 if keeper is not None:
-                    operands.packed = packed(choice.plan, operands)
+                    operands.packed, operands.again = packed(choice.plan, operands), True
                 implementation.run(choice.plan, operands, result)
             if target.device == "cuda":
                 debug.launched(choice.name, problem)

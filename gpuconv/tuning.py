@@ -141,7 +141,8 @@ def _measure(module: Any, problem: Conv2dProblem, ordinal: int | None, plans: li
         for plan in plans:
             operands = Operands(first, second, bias, ordinal=ordinal)
             if plan is not None:
-                operands.packed = module.pack(plan, operands)  # as Conv2d does, whose calls are nothing but launches
+                # As Conv2d does, whose calls are nothing but launches.
+                operands.packed, operands.again = module.pack(plan, operands), True
 
             def run(plan: Plan | None = plan, operands: Operands = operands) -> None:
                 module.run(plan, operands, out)

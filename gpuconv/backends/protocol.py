@@ -58,6 +58,7 @@ class Operands:
     packed: Any | None = None  # what pack() made of k
     ordinal: int | None = None  # the GPU to run on
     stream: int | None = None  # CUDA stream address; None is the current one
+    again: bool = False  # whether more calls with ``packed`` are to come, for which launches may be kept beside it
 
 
 class Implementation(Protocol):

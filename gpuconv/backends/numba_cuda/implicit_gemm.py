@@ -101,19 +101,28 @@ def plan(problem: Conv2dProblem, target: Target, limit: int, configuration: Sequ
     works = [_work(problem, part.problem) for part in lowered]
     remembered = None
     if configuration is None:
-        least = [_least(problem, work) for work in works]
-        remembered = tuned.find(tuned.key(NAME, problem, target, limit), tiles.TILES[problem.sum_dtype], works, least)
+        fewest = [_least(problem, work) for work in works]
+        remembered = tuned.find(tuned.key(NAME, problem, target, limit), tiles.TILES[problem.sum_dtype], works, fewest)
     if remembered is not None:
         configuration = remembered.configuration
     chosen = configuration or configurations(problem, target, 1)[0]
     fixed = sum(part.problem.table_bytes() for part in lowered)
-    fixed += problem.result_channels * dtypes.itemsize(problem.sum_dtype)
-    launches = tuple(
-        _cut(problem, part, work, candidate, limit - fixed, fixed)
-        for part, work, candidate in zip(lowered, works, chosen, strict=True)
-    )
     itemsize = dtypes.itemsize(problem.sum_dtype)
-    scratch = fixed + itemsize * max((_scratch(part) for part in launches), default=0)
+    fixed += problem.result_channels * itemsize
+    wholes = [
+        Launch(part, candidate.tile, _by_tap(problem, part.problem), work.slices, candidate.parts, part.problem.N,
+               candidate.parts)
+        for part, work, candidate in zip(lowered, works, chosen, strict=True)
+    ]  # fmt: skip
+    # The launches of a call are made together, each with scratch of its own.
+    count = max(len(wholes), 1)
+    least = count * max((whole.panel_size + whole.partial_size(1) for whole in wholes), default=0)
+    room = (limit - fixed) // itemsize
+    if least > room:
+        needed = fixed + itemsize * least
+        raise MemoryError(f"{NAME} on {problem} needs {needed} bytes of scratch, and workspace_limit leaves too few")
+    launches = tuple(_cut(whole, room // count) for whole in wholes)
+    scratch = fixed + itemsize * sum(map(_scratch, launches))
     told = _told(launches) + cost.told(works, chosen, gpu, remembered.seconds if remembered else None)
     return Plan(problem, scratch, problem.sum_dtype, told, {"launches": launches})
 
@@ -175,22 +184,9 @@ def _work(problem: Conv2dProblem, forward: Conv2dProblem) -> cost.Work:
     )
 
 
-def _cut(
-    problem: Conv2dProblem, part: direct.Part, work: cost.Work, candidate: Candidate, room: int, fixed: int
-) -> Launch:
-    """The launch of ``part`` within ``room`` bytes; how many images and parts are under way at once depends on it."""
-    forward, slices = part.problem, work.slices
-    by_tap = _by_tap(problem, forward)
-    parts = candidate.parts
-    whole = Launch(part, candidate.tile, by_tap, slices, parts, forward.N, parts)
-
-    itemsize = dtypes.itemsize(problem.sum_dtype)
-    room //= itemsize
-    most = min(forward.N, _most_images(whole))
-    least = whole.panel_size + whole.partial_size(1)
-    if least > room:
-        needed = fixed + itemsize * least
-        raise MemoryError(f"{NAME} on {problem} needs {needed} bytes of scratch, and workspace_limit leaves too few")
+def _cut(whole: Launch, room: int) -> Launch:
+    """The launch within ``room`` elements; how many images and parts are under way at once depends on it."""
+    parts, most = whole.parts, min(whole.part.problem.N, _most_images(whole))
     # All weights at once if there is room beside the partial sums of one image.
     packed = min(parts, (room - whole.partial_size(1)) // max(whole.panel_size, 1)) if whole.panel_size else parts
     left = room - packed * whole.panel_size
@@ -256,7 +252,7 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
     with ExitStack() as stack:
         stack.enter_context(launch.on_gpu(operands.ordinal))
         stream = launch.stream(operands.stream, like)
-        if kept is not None and replay.in_place(like) and replay.in_place(out):
+        if operands.again and kept is not None and replay.in_place(like) and replay.in_place(out):
             address = launch.stream_address(operands.stream, like)
             x = like
             kept.run(plan, x, out, address, stream, lambda: _call(plan, operands, launch.flat(out), stream))

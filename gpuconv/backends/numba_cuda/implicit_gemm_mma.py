@@ -131,6 +131,11 @@ class Launch:
         """Elements of the packed weights of one part."""
         return self.part.problem.groups * self.tiles_o * self.part_slices * self.depth * self.tile.outputs
 
+    @property
+    def panel_bytes(self) -> int:
+        """The same in bytes."""
+        return self.itemsize * self.panel_size
+
     def copy_size(self, images: int) -> int:
         """Elements of the copy of x, where one is needed."""
         problem = self.part.problem
@@ -151,7 +156,7 @@ class Launch:
     @property
     def scratch(self) -> int:
         """Bytes of scratch."""
-        return self.itemsize * self.parts_packed * self.panel_size + self.beside(self.images)
+        return self.parts_packed * self.panel_bytes + self.beside(self.images)
 
 
 def plan(problem: Conv2dProblem, target: Target, limit: int, configuration: Sequence[Candidate] | None = None) -> Plan:
@@ -163,20 +168,27 @@ def plan(problem: Conv2dProblem, target: Target, limit: int, configuration: Sequ
     works = [_work(problem, part.problem) for part in lowered]
     remembered = None
     if configuration is None:
-        least = [_least(problem, work) for work in works]
-        remembered = tuned.find(
-            tuned.key(NAME, problem, target, limit), tensor_tile.tiles(way(problem) or "tf32"), works, least
-        )
+        fewest = [_least(problem, work) for work in works]
+        known = tensor_tile.tiles(way(problem) or "tf32")
+        remembered = tuned.find(tuned.key(NAME, problem, target, limit), known, works, fewest)
     if remembered is not None:
         configuration = remembered.configuration
     chosen = configuration or configurations(problem, target, 1)[0]
     fixed = sum(part.problem.table_bytes() for part in lowered)
     fixed += problem.result_channels * dtypes.itemsize(problem.sum_dtype)
-    launches = tuple(
-        _cut(problem, part, work, candidate, limit - fixed, fixed)
+    wholes = [
+        Launch(part, work.way, candidate.tile, work.slices, candidate.parts, part.problem.N, candidate.parts)
         for part, work, candidate in zip(lowered, works, chosen, strict=True)
-    )
-    scratch = fixed + max((cut.scratch for cut in launches), default=0)
+    ]
+    # The launches of a call are made together, each with scratch of its own.
+    count = max(len(wholes), 1)
+    least = count * max((whole.panel_bytes + whole.beside(1) for whole in wholes), default=0)
+    if fixed + least > limit:
+        raise MemoryError(
+            f"{NAME} on {problem} needs {fixed + least} bytes of scratch, and workspace_limit leaves too few"
+        )
+    launches = tuple(_cut(problem, whole, (limit - fixed) // count) for whole in wholes)
+    scratch = fixed + sum(cut.scratch for cut in launches)
     told = _told(launches) + cost.told(works, chosen, gpus.of(target), remembered.seconds if remembered else None)
     return Plan(problem, scratch, "float32", told, {"launches": launches})
 
@@ -228,21 +240,14 @@ def _work(problem: Conv2dProblem, forward: Conv2dProblem) -> cost.Work:
     )
 
 
-def _cut(
-    problem: Conv2dProblem, part: direct.Part, work: cost.Work, candidate: Candidate, room: int, fixed: int
-) -> Launch:
-    """The launch of ``part`` within ``room`` bytes; how many images and parts are under way at once depends on it."""
-    parts, images = candidate.parts, part.problem.N
-    whole = Launch(part, work.way, candidate.tile, work.slices, parts, images, parts)
-    panel = whole.itemsize * whole.panel_size
+def _cut(problem: Conv2dProblem, whole: Launch, room: int) -> Launch:
+    """The launch within ``room`` bytes; how many images and parts are under way at once depends on it."""
+    parts, images, panel = whole.parts, whole.images, whole.panel_bytes
     # All images at once for a gradient, whose weights are packed anew for others; all weights at once otherwise.
     together = 1 if problem.op == "weight_grad" else parts
     while images > 1 and whole.beside(images) + panel * together > room:
         images //= 2
     packed = min(parts, (room - whole.beside(images)) // panel) if panel else parts
-    if packed < 1 or whole.beside(images) > room:
-        needed = fixed + panel + whole.beside(1)
-        raise MemoryError(f"{NAME} on {problem} needs {needed} bytes of scratch, and workspace_limit leaves too few")
     return replace(whole, images=images, parts_packed=packed)
 
 
@@ -292,7 +297,7 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
     with ExitStack() as stack:
         stack.enter_context(launch.on_gpu(operands.ordinal))
         stream = launch.stream(operands.stream, like)
-        if kept is not None and replay.in_place(like) and replay.in_place(out):
+        if operands.again and kept is not None and replay.in_place(like) and replay.in_place(out):
             address = launch.stream_address(operands.stream, like)
             x = implicit_gemm_mma_run.bits(like)
             kept.run(plan, x, out, address, stream, lambda: _call(plan, operands, launch.flat(out), stream))
