@@ -150,6 +150,22 @@ def test_sums_in_parts_and_images_in_turn(forced):
     assert found[1] == found[3]
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("float16", "highest"), ("float32", "high")])
+def test_same_bits_in_every_batch_layout_and_tile(forced, dtype, precision):
+    """The parts are those of one image; in what tile a sum is made changes nothing in it."""
+    x, k, bias = operands(dtype, (3, 40, 4, 3), (9, 40, 2, 2))
+    found = set()
+    for tile, parts in ((shapes.SMALL, 2), (shapes.SQUARE_2, 2)):
+        forced(tile, parts)
+        options = {"padding": 1, "precision": precision, "backend": NAME}
+        whole = gpuconv.conv2d(x, k, bias, **options)
+        found.add(whole.tobytes())
+        assert gpuconv.conv2d(x[2:], k, bias, **options).tobytes() == whole[2:].tobytes()
+        last = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+        found.add(gpuconv.conv2d(last, k, bias, layout="NHWC", **options).transpose(0, 3, 1, 2).tobytes())
+    assert len(found) == 1
+
+
 def test_input_gradient():
     dy, k, _ = operands("float16", (2, 6, 3, 3), (6, 4, 3, 3))
     found = gpuconv.grad.conv2d_input((2, 4, 6, 7), k, dy, stride=2, padding=(1, 0), backend=NAME)

@@ -278,6 +278,4 @@ def _call(plan: Plan, operands: Operands, y: Any, stream: Any) -> replay.Call:
         # Panels are of a forward convolution, which sees x and y as they are.
         of_x, of_k, of_y = (x, k[number], y) if isinstance(k, list) else direct.views(problem, cut.part, x, k, y)
         steps += implicit_gemm_run.steps(cut, of_x, of_k, of_y, bias, has_bias, like, stream)
-    if kept is not None and stream:
-        stream.synchronize()  # other streams will read the tables
     return replay.Call(steps, x.vector, y.vector)

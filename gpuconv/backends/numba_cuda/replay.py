@@ -2,8 +2,8 @@
 
 The first call with arrays of some shape and strides makes its tables, scratch and arguments, and keeps them beside the
 packed weights. Later ones differ in where x and y begin, so that they are nothing but launches: no allocation, no copy,
-nothing waited for, and they can be captured in a CUDA graph. Scratch belongs to one thread and one stream, whose calls
-are in order; two of them never share any.
+nothing waited for, and they can be captured in a CUDA graph. What is kept belongs to one thread and one stream, whose
+calls are in order: two of them never share scratch, and a capture needs a first call on its own stream.
 """
 
 from __future__ import annotations

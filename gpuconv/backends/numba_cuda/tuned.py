@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import stat
-import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -129,7 +128,7 @@ def _alone(place: Path) -> Iterator[None]:
 
 def _replace(path: Path, text: str) -> None:
     """Write the file whole or not at all."""
-    beside = path.with_name(f".part-{uuid.uuid4().hex}")
+    beside = path.with_name(f".part-{os.urandom(8).hex()}")
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
