@@ -84,6 +84,7 @@ class Configuration:
     arguments: tuple[Any, ...]  # their Numba types
     threads: int
     registers: int | None  # that a thread may use
+    dynamic: int = 0  # bytes of shared memory that a launch asks for, beyond what the machine code says
 
 
 def implicit_gemm(dtype: str, tile: Any, gather: str, scatter: str) -> Configuration:
@@ -107,11 +108,11 @@ def implicit_gemm(dtype: str, tile: Any, gather: str, scatter: str) -> Configura
     return Configuration("implicit_gemm", name, body, arguments, tile.threads, tile.registers)
 
 
-def implicit_gemm_mma(way: str, dtype: str, y_dtype: str) -> Configuration:
+def implicit_gemm_mma(tile: Any, way: str, dtype: str, y_dtype: str) -> Configuration:
     """A specialisation of ``numba_cuda.implicit_gemm_mma``."""
     from numba.cuda import types
 
-    from gpuconv.backends.numba_cuda import convert, implicit_gemm_mma_kernel, tensor_shape
+    from gpuconv.backends.numba_cuda import convert, implicit_gemm_mma_kernel
 
     copied = types.Array(types.float32 if dtype == "float32" else types.uint16, 1, "C")
     sums, wide, narrow = types.Array(types.float32, 1, "C"), types.int64, types.int32
@@ -120,11 +121,11 @@ def implicit_gemm_mma(way: str, dtype: str, y_dtype: str) -> Configuration:
         *(copied, *[wide] * 3, *table, *table, copied, copied),
         *(sums, types.boolean, types.boolean),
         *(types.Array(convert.numba_type(y_dtype), 1, "C"), *[wide] * 7),
-        *(wide, *[narrow] * 4, wide, wide, narrow, *[narrow] * 3),
+        *(wide, *[narrow] * 4, wide, wide, narrow, *[narrow] * 4),
     )
-    name = f"{way} {tensor_shape.OUTPUTS}×{tensor_shape.PIXELS} → {y_dtype}"
-    body = implicit_gemm_mma_kernel.build(way, dtype, y_dtype)
-    return Configuration("implicit_gemm_mma", name, body, arguments, tensor_shape.THREADS, None)
+    name = f"{way} {tile.outputs}×{tile.pixels}, {tile.stages} stages → {y_dtype}"
+    body = implicit_gemm_mma_kernel.build(tile, way, dtype, y_dtype)
+    return Configuration("implicit_gemm_mma", name, body, arguments, tile.threads, tile.registers, tile.dynamic_bytes)
 
 
 # What each element type is multiplied as on tensor cores.
@@ -136,14 +137,15 @@ PATHS = (("across_pixels", "one_by_one"), ("along_channels", "along_outputs"), (
 
 def configurations(dtype: str) -> Iterator[Configuration]:
     """The specialisations that the layers of a network use."""
-    from gpuconv.backends.numba_cuda import tiles
+    from gpuconv.backends.numba_cuda import tensor_tile, tiles
 
     for tile in tiles.TILES.get(dtype, ()):
         for gather, scatter in PATHS:
             yield implicit_gemm(dtype, tile, gather, scatter)
     for way in WAYS.get(dtype, ()):
-        for y_dtype in dict.fromkeys((dtype, "float32")):  # the result, and what parts leave
-            yield implicit_gemm_mma(way, dtype, y_dtype)
+        for tile in tensor_tile.tiles(way):
+            for y_dtype in dict.fromkeys((dtype, "float32")):  # the result, and what parts leave
+                yield implicit_gemm_mma(tile, way, dtype, y_dtype)
 
 
 def show_configurations(found: Iterable[Configuration], console: Console) -> None:
@@ -156,14 +158,15 @@ def show_configurations(found: Iterable[Configuration], console: Console) -> Non
         for cc in ARCHITECTURES:
             figures = machine_code.assembled(library, cc, configuration.registers)
             processor = MULTIPROCESSORS[cc]
-            warps = processor.warps(configuration.threads, figures.registers, figures.shared)
+            shared = figures.shared + configuration.dynamic
+            warps = processor.warps(configuration.threads, figures.registers, shared)
             table.add_row(
                 configuration.kernel,
                 configuration.name,
                 f"{cc[0]}{cc[1]}",
                 str(figures.registers),
                 f"{figures.stack}+{figures.spills}",
-                str(figures.shared),
+                str(shared),
                 f"{warps} of {processor.threads // 32}",
                 " ".join(f"{name}:{count}" for name, count in sorted(figures.instructions.items())),
             )
@@ -172,8 +175,9 @@ def show_configurations(found: Iterable[Configuration], console: Console) -> Non
 
 def show_layers(rows: Iterable[Row], device: Device, console: Console) -> None:
     """Print each layer's floor on ``device``, and how the kernels above would cut it up."""
-    from gpuconv.backends.numba_cuda import implicit_gemm, implicit_gemm_mma
+    from gpuconv.backends.numba_cuda import gpus, implicit_gemm, implicit_gemm_mma
 
+    target = Target("cuda", gpu=gpus.KNOWN[next(key for key, known in DEVICES.items() if known is device)])
     table = Table(title=f"least times on {device.name}")
     for column in ("suite", "layer", "GFLOP", "FLOP/B", "floor, µs", "set by", "configuration"):
         table.add_column(column, no_wrap=column != "configuration")
@@ -181,7 +185,7 @@ def show_layers(rows: Iterable[Row], device: Device, console: Console) -> None:
         seconds, what = device.floor(row)
         problem = row.problem
         chosen = implicit_gemm if problem.sum_dtype == problem.x_dtype else implicit_gemm_mma
-        plan = chosen.plan(problem, Target("cuda"), 2**28)
+        plan = chosen.plan(problem, target, 2**28)
         intensity = problem.flops / problem.bytes
         figures = f"{problem.flops / 1e9:.3g}", f"{intensity:.3g}", f"{seconds * 1e6:.3g}"
         table.add_row(row.suite, row.name, *figures, what, plan.detail)

@@ -28,13 +28,26 @@ GROUPS = {
     "Convolutions": ("conv2d", "conv1d", "conv_transpose2d", "Conv2d", "conv2d_tiled"),
     "Gradients": ("grad.conv2d_input", "grad.conv2d_weight", "grad.conv2d_bias"),
     "Windows": ("unfold", "fold"),
-    "What would run, and what can": ("explain", "Explanation", "info", "Info", "clear", "Conv2dProblem"),
+    "What would run, and what can": (
+        "explain",
+        "Explanation",
+        "info",
+        "Info",
+        "autotune",
+        "Tuning",
+        "clear",
+        "Conv2dProblem",
+    ),
     "Sizes": ("output_size", "receptive_field", "parameter_count"),
     "One convolution by hand": ("trace", "Trace"),
     "Errors and warnings": ("NoBackendError", "DeviceFallbackWarning"),
 }
 # What the answers above are made of; found through them, not in the package.
-PARTS = {"Trace": "gpuconv.tracing.Step", "Explanation": "gpuconv.explanation.Verdict"}
+PARTS = {
+    "Trace": "gpuconv.tracing.Step",
+    "Explanation": "gpuconv.explanation.Verdict",
+    "Tuning": "gpuconv.tuning.Measured",
+}
 # A method that only gpuconv itself calls, on what it was given as somebody who keeps things.
 INTERNAL = {"Conv2d.kept", "Conv2d.on_window"}
 # What an object of the class is called in the examples; its own name in lower case otherwise.

@@ -2,7 +2,8 @@
 
 ``conv2d`` computes, ``conv_transpose2d``, ``conv1d``, ``unfold``, ``fold`` and ``grad`` are its relatives, ``Conv2d``
 is one prepared for many images, ``conv2d_tiled`` is for images larger than memory. ``explain`` says what would run and
-why, ``info`` what this machine can do. Importing gpuconv loads neither Numba nor CuPy.
+why, ``info`` what this machine can do, ``autotune`` measures how a GPU runs a convolution fastest. Importing gpuconv
+loads neither Numba nor CuPy.
 """
 
 import importlib
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from gpuconv.tiled import conv2d_tiled
     from gpuconv.tracing import Trace, trace
     from gpuconv.transpose import conv_transpose2d
+    from gpuconv.tuning import Tuning, autotune
 
 __all__ = [
     "Conv2d",
@@ -33,7 +35,9 @@ __all__ = [
     "Info",
     "NoBackendError",
     "Trace",
+    "Tuning",
     "__version__",
+    "autotune",
     "clear",
     "conv1d",
     "conv2d",
@@ -65,6 +69,8 @@ _LATER = {
     "info": "machine",
     "Trace": "tracing",
     "trace": "tracing",
+    "Tuning": "tuning",
+    "autotune": "tuning",
 }
 
 

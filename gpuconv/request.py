@@ -333,7 +333,7 @@ def execute(
                 streaming.compute(choice.name, problem, pieces, operands, result, packed)
             else:
                 if keeper is not None:
-                    operands.packed = packed(choice.plan, operands)
+                    operands.packed, operands.again = packed(choice.plan, operands), True
                 implementation.run(choice.plan, operands, result)
             if target.device == "cuda":
                 debug.launched(choice.name, problem)
@@ -381,6 +381,14 @@ _FORMS = {
     "unfold": ("image", "", "windows"),
     "fold": ("windows", "", "image"),
 }
+
+
+def shape_of(problem: Conv2dProblem, which: int) -> tuple[int, ...]:
+    """The four-dimensional shape, in the caller's layout, of an image or kernel: operand 0 or 1, or the result, 2."""
+    shape = problem.result_shape if which == 2 else problem.operand_shapes[which] or ()
+    kernel = _FORMS[problem.op][which] == "kernel"
+    axes = layouts.kernel_axes(problem.kernel_layout, 4) if kernel else layouts.image_axes(problem.layout, 4)
+    return tuple(shape[axes.index(axis)] for axis in range(4))
 
 
 def view(problem: Conv2dProblem, which: int, array: Array) -> Array:

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from gpuconv.backends.numba_cuda import ptx, tensor_tile
-from gpuconv.backends.numba_cuda.tensor_shape import COLUMNS, SUMS
+from gpuconv.backends.numba_cuda.tensor_shape import TensorTile
 
 _lock = threading.Lock()
 _warps: dict[Any, Warp] = {}
@@ -88,7 +88,11 @@ class Core:
             total[place] = values
         with np.errstate(all="ignore"):
             products = numbers(left, dtype).astype(np.float64) @ numbers(right, dtype).astype(np.float64).T
-            made = (products + total).astype(np.float32)
+            exact = products + total
+            made = exact.astype(np.float32)
+            # Towards zero, as tensor cores were seen to round what they add up.
+            beyond = np.isfinite(made) & (np.abs(made) > np.abs(exact))
+            made = np.where(beyond, np.nextafter(made, np.float32(0)), made)
         return [made[place] for place in places]
 
     @staticmethod
@@ -129,12 +133,12 @@ def async_copies(pending: int) -> tuple[Callable[..., None], Callable[[], None],
     return copy, commit, wait
 
 
-def multiply_slice(way: str) -> Callable[..., None]:
+def multiply_slice(tile: TensorTile, way: str) -> Callable[..., None]:
     def multiply(sums: Any, memory: Any, at_o: Any, at_p: Any) -> None:
         def compute(given: list[Any]) -> list[Any]:
             own, of_o, of_p = (np.array(part) for part in zip(*given, strict=True))
             totals = list(own.T)
-            tensor_tile.add_slice(way, Core(memory, of_o), Core(memory, of_p), totals)
+            tensor_tile.add_slice(tile, way, Core(memory, of_o), Core(memory, of_p), totals)
             return list(np.array(totals).T)
 
         lane, warp = _place()
@@ -143,11 +147,19 @@ def multiply_slice(way: str) -> Callable[..., None]:
     return multiply
 
 
-def park_sums() -> Callable[..., None]:
+def promote_sums(tile: TensorTile) -> Callable[..., None]:
+    def promote(sums: Any, totals: Any) -> None:
+        totals[:] += sums[:]
+        sums[:] = 0
+
+    return promote
+
+
+def park_sums(tile: TensorTile) -> Callable[..., None]:
     def park(sums: Any, memory: Any, at: Any) -> None:
-        for index in range(SUMS):
-            tile, element = divmod(index, 4)
-            memory[at + tensor_tile.parking(*divmod(tile, COLUMNS), element)] = sums[index]
+        for index in range(tile.sums):
+            number, element = divmod(index, 4)
+            memory[at + tensor_tile.parking(tile, *divmod(number, tile.columns), element)] = sums[index]
 
     return park
 
@@ -156,4 +168,5 @@ def install(monkeypatch: Any) -> None:
     """Put these where kernels look for the real ones."""
     monkeypatch.setattr(ptx, "async_copies", async_copies)
     monkeypatch.setattr(tensor_tile, "multiply_slice", multiply_slice)
+    monkeypatch.setattr(tensor_tile, "promote_sums", promote_sums)
     monkeypatch.setattr(tensor_tile, "park_sums", park_sums)

@@ -21,7 +21,7 @@ if not SIMULATED:
 
 import gpuconv
 from gpuconv import dispatch
-from gpuconv.backends.numba_cuda import gathers, implicit_gemm, implicit_gemm_run, launch, panels, tiles
+from gpuconv.backends.numba_cuda import cost, gathers, implicit_gemm, implicit_gemm_run, launch, panels, tiles
 from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.backends.protocol import Target
 from gpuconv.problem import Conv2dProblem
@@ -79,9 +79,11 @@ def forced(monkeypatch):
     """Make every plan use one tile, and cut sums into so many parts."""
 
     def force(tile: tiles.Tile, parts: int = 1) -> None:
-        monkeypatch.setattr(tiles, "choose", lambda *problem: tile)
-        monkeypatch.setattr(tiles, "choose_parts", lambda outputs, pixels, copies, slices: max(1, min(parts, slices)))
+        monkeypatch.setattr(cost, "configurations", lambda work, *rest: [only(work, tile, parts)])
         dispatch.choose.cache_clear()
+
+    def only(work: cost.Work, tile: tiles.Tile, parts: int) -> cost.Candidate:
+        return cost.Candidate(tile, cost.whole(work.slices, parts), 0.0)
 
     yield force
     dispatch.choose.cache_clear()

@@ -33,8 +33,13 @@ OUTSIDE = {"subprocess", "system", "popen", "socket", "urllib", "http", "request
 
 
 # gpuconv's own compiled kernels, and only those, are read back as code, from a folder that is this user's alone.
-# Numba's compilers have a method ``compile``.
-ALLOWED = {"backends/numba_cpu/kernel_cache.py": {"pickle", "tempfile"}, "backends/numba_cpu/runtime.py": {"compile"}}
+ALLOWED = {
+    "backends/numba_cpu/kernel_cache.py": {"pickle", "tempfile"},
+    # Numba's method of a kernel, not Python's function.
+    "backends/numba_cpu/runtime.py": {"compile"},
+    "backends/numba_cuda/launch.py": {"compile"},
+    "backends/numba_cuda/replay.py": {"compile"},
+}
 
 
 def offences(source: str) -> list[str]:

@@ -33,6 +33,7 @@ class Target:
     # integers, the binary digits of the largest magnitude.
     separable: bool = False
     k_digits: int | None = None
+    gpu: Any = None  # numba_cuda's facts of a GPU that is not here; None: of the one at ordinal
 
     def __str__(self) -> str:
         return self.device if self.ordinal is None else f"{self.device}:{self.ordinal}"
@@ -60,6 +61,7 @@ class Operands:
     packed: Any | None = None  # what pack() made of k
     ordinal: int | None = None  # the GPU to run on
     stream: int | None = None  # CUDA stream address; None is the current one
+    again: bool = False  # whether more calls with ``packed`` are to come, for which launches may be kept beside it
 
 
 class Implementation(Protocol):

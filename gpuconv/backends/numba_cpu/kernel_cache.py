@@ -1,7 +1,7 @@
-"""Where compiled kernels are kept between processes: a folder of the user's own, or nowhere.
+"""Compiled kernels kept between processes, in the folder of ``cache_folder``.
 
-Loading compiled code is running it, so the folder must belong to this user and be closed to everyone else (mode 0700).
-A folder that is not is left alone, and kernels are then compiled anew in each process.
+Loading compiled code is running it, so the folder must belong to this user and be closed to everyone else. Where there
+is no such folder, kernels are compiled anew in each process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import os
 import pickle
 import platform
-import stat
 import sys
 import tempfile
 import uuid
@@ -24,45 +23,9 @@ import numba
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 
+from gpuconv.cache_folder import folder, usable
 
-def folder() -> Path:
-    """``GPUCONV_CACHE_DIR``, or ``gpuconv`` in the user's own cache folder."""
-    chosen = os.environ.get("GPUCONV_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        base = "~/Library/Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "gpuconv"
-
-
-def usable() -> tuple[Path | None, str]:
-    """The folder, made if need be, and its path; or None, and why nothing is kept."""
-    try:
-        place = folder()
-        _make(place)
-        facts = place.stat()
-    except (OSError, RuntimeError) as error:
-        return None, f"no cache folder can be had ({error})"
-    if not stat.S_ISDIR(facts.st_mode):
-        return None, f"{place} is not a folder"
-    if hasattr(os, "geteuid"):
-        if facts.st_uid != os.geteuid():
-            return None, f"{place} belongs to another user"
-        if facts.st_mode & 0o077:
-            return None, f"{place} is open to others (mode {facts.st_mode & 0o777:o}); chmod 700 it"
-    return place, str(place)
-
-
-def _make(place: Path) -> None:
-    """Make ``place`` and what is missing above it, all closed to others."""
-    if not place.exists():
-        _make(place.parent)
-        with contextlib.suppress(FileExistsError):
-            place.mkdir(mode=0o700)
+__all__ = ["KernelCache", "alone", "folder", "usable"]
 
 
 def _digest() -> bytes:

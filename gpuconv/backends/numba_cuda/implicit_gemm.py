@@ -8,13 +8,15 @@ No GPU has run this yet: it runs when asked for by name, and ``explain`` says so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gpuconv import dtypes
-from gpuconv.backends.numba_cuda import direct, launch, tiles
+from gpuconv.backends.numba_cuda import cost, direct, gpus, launch, replay, tiles, tuned
+from gpuconv.backends.numba_cuda.cost import Candidate
+from gpuconv.backends.numba_cuda.replay import Kept
 from gpuconv.backends.numba_cuda.tiles import Tile
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
@@ -32,6 +34,8 @@ _PANELS = 2**23
 # A slice of channels may be this much longer than the channels it holds; with more waste, products of all taps share
 # slices, which costs two table look-ups per element instead of two per slice.
 _WASTE = 1.25
+# Products of a part of a sum, at least: an output leaves 4 bytes per part to be written and read once more.
+_SHORTEST = 256
 
 unavailable = launch.unavailable
 
@@ -87,15 +91,40 @@ class Launch:
         return self.parts * self.part.problem.O * self.plane(images) if self.parts > 1 else 0
 
 
-def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
-    """Choose the tiles, and cut sums and batches so that packed weights and partial sums fit ``limit``."""
+def plan(problem: Conv2dProblem, target: Target, limit: int, configuration: Sequence[Candidate] | None = None) -> Plan:
+    """Choose the tiles, and cut sums and batches so that packed weights and partial sums fit ``limit``.
+
+    ``configuration`` is one of ``configurations``; without it what was tuned, or else the first of them.
+    """
+    gpu = gpus.of(target)
     lowered = direct.parts(problem)
+    works = [_work(problem, part.problem) for part in lowered]
+    remembered = None
+    if configuration is None:
+        fewest = [_least(problem, work) for work in works]
+        remembered = tuned.find(tuned.key(NAME, problem, target, limit), tiles.TILES[problem.sum_dtype], works, fewest)
+    if remembered is not None:
+        configuration = remembered.configuration
+    chosen = configuration or configurations(problem, target, 1)[0]
     fixed = sum(part.problem.table_bytes() for part in lowered)
-    fixed += problem.result_channels * dtypes.itemsize(problem.sum_dtype)
-    launches = tuple(_cut(problem, part, limit - fixed, fixed) for part in lowered)
     itemsize = dtypes.itemsize(problem.sum_dtype)
-    scratch = fixed + itemsize * max((_scratch(part) for part in launches), default=0)
-    return Plan(problem, scratch, problem.sum_dtype, _told(launches), {"launches": launches})
+    fixed += problem.result_channels * itemsize
+    wholes = [
+        Launch(part, candidate.tile, _by_tap(problem, part.problem), work.slices, candidate.parts, part.problem.N,
+               candidate.parts)
+        for part, work, candidate in zip(lowered, works, chosen, strict=True)
+    ]  # fmt: skip
+    # The launches of a call are made together, each with scratch of its own.
+    count = max(len(wholes), 1)
+    least = count * max((whole.panel_size + whole.partial_size(1) for whole in wholes), default=0)
+    room = (limit - fixed) // itemsize
+    if least > room:
+        needed = fixed + itemsize * least
+        raise MemoryError(f"{NAME} on {problem} needs {needed} bytes of scratch, and workspace_limit leaves too few")
+    launches = tuple(_cut(whole, room // count) for whole in wholes)
+    scratch = fixed + itemsize * sum(map(_scratch, launches))
+    told = _told(launches) + cost.told(works, chosen, gpu, remembered.seconds if remembered else None)
+    return Plan(problem, scratch, problem.sum_dtype, told, {"launches": launches})
 
 
 def _scratch(part: Launch) -> int:
@@ -103,34 +132,61 @@ def _scratch(part: Launch) -> int:
     return part.parts_packed * part.panel_size + part.partial_size(part.images)
 
 
-def _cut(problem: Conv2dProblem, part: direct.Part, room: int, fixed: int) -> Launch:
-    """The launch of ``part`` within ``room`` bytes.
+def configurations(problem: Conv2dProblem, target: Target, most: int) -> list[tuple[Candidate, ...]]:
+    """The ways to run the problem that should be fastest, the choice first: a tile and parts for every launch.
 
-    What is summed together, and in which order, depends on the problem of one image alone: not on the room, nor on the
-    number of images. So does the number of parts; how many images and parts are under way at once does not.
+    What is summed together, and in which order, depends on the problem of one image alone: not on the workspace, nor
+    on the number of images. The sum of a weight gradient goes over the batch.
     """
-    forward = part.problem
-    C, O = forward.C // forward.groups, forward.O // forward.groups
-    taps, plane = forward.KH * forward.KW, forward.OH * forward.OW
-    gradient = problem.op == "weight_grad"  # its images are channels, and its sum is over the batch
-    depth = tiles.SMALL.depth
-    by_tap = not gradient and -(-C // depth) * depth <= _WASTE * C
-    slices = taps * -(-C // depth) if by_tap else -(-C * taps // depth)
-    wanted = tiles.choose_parts(O, plane * (forward.N if gradient else 1), forward.groups, slices)
-    if gradient:  # its weights are dy, which may be larger than any workspace: parts are packed one at a time
-        wanted = max(wanted, slices * depth * max(O, tiles.SMALL.outputs) * forward.groups // _PANELS)
-    part_slices = -(-slices // wanted)
-    parts = -(-slices // part_slices) if slices else 1  # none of them empty
-    tile = tiles.choose(problem.sum_dtype, O, plane * forward.N, forward.groups * parts)
-    whole = Launch(part, tile, by_tap, slices, parts, forward.N, parts)
+    gpu = gpus.of(target)
+    gradient = problem.op == "weight_grad"
+    found = []
+    for part in direct.parts(problem):
+        work = _work(problem, part.problem)
+        counts = cost.divisions(work.slices, _least(problem, work), _SHORTEST // work.depth)
+        batches = (work.images,) if gradient else cost.BATCHES
+        found.append(cost.configurations(work, tiles.TILES[problem.sum_dtype], counts, gpu, batches, most))
+    # The r-th best of every launch together.
+    return [tuple(ways[min(rank, len(ways) - 1)] for ways in found) for rank in range(max(map(len, found), default=1))]
 
+
+def _least(problem: Conv2dProblem, work: cost.Work) -> int:
+    """The fewest parts: the weights of a gradient are dy, of which a part has to fit in any workspace."""
+    if problem.op != "weight_grad":
+        return 1
+    panels = work.slices * work.depth * max(work.outputs, tiles.SMALL.outputs) * work.groups
+    return max(1, min(work.slices, panels // _PANELS))
+
+
+def _by_tap(problem: Conv2dProblem, forward: Conv2dProblem) -> bool:
+    """Whether slices are of one tap each; not where that wastes too much of them, nor for the images of a batch."""
+    C, depth = forward.C // forward.groups, tiles.SMALL.depth
+    return problem.op != "weight_grad" and -(-C // depth) * depth <= _WASTE * C
+
+
+def _work(problem: Conv2dProblem, forward: Conv2dProblem) -> cost.Work:
+    """What one launch computes."""
+    C, O, depth = forward.C // forward.groups, forward.O // forward.groups, tiles.SMALL.depth
+    taps, plane = forward.KH * forward.KW, forward.OH * forward.OW
+    by_tap = _by_tap(problem, forward)
     itemsize = dtypes.itemsize(problem.sum_dtype)
-    room //= itemsize
-    most = min(forward.N, _most_images(whole))
-    least = whole.panel_size + whole.partial_size(1)
-    if least > room:
-        needed = fixed + itemsize * least
-        raise MemoryError(f"{NAME} on {problem} needs {needed} bytes of scratch, and workspace_limit leaves too few")
+    return cost.Work(
+        way=problem.sum_dtype,
+        outputs=O,
+        pixels=plane,
+        images=forward.N,
+        groups=forward.groups,
+        slices=taps * -(-C // depth) if by_tap else -(-C * taps // depth),
+        depth=depth,
+        itemsize=itemsize,
+        image_bytes=itemsize * (forward.C * forward.H * forward.W + forward.O * plane),
+        weight_bytes=itemsize * forward.O * C * taps,
+    )
+
+
+def _cut(whole: Launch, room: int) -> Launch:
+    """The launch within ``room`` elements; how many images and parts are under way at once depends on it."""
+    parts, most = whole.parts, min(whole.part.problem.N, _most_images(whole))
     # All weights at once if there is room beside the partial sums of one image.
     packed = min(parts, (room - whole.partial_size(1)) // max(whole.panel_size, 1)) if whole.panel_size else parts
     left = room - packed * whole.panel_size
@@ -166,15 +222,18 @@ def _told(launches: tuple[Launch, ...]) -> str:
 
 
 def pack_key(plan: Plan) -> Any:
-    """The form of the panels; None where the kernel is kept as it is, because its panels are made piece by piece."""
+    """The form of the panels; None where the kernel is kept as it is.
+
+    Because its panels are made piece by piece, or of views of it, as those of a gradient are.
+    """
     launches = plan.config["launches"]
-    if any(part.parts_packed < part.parts for part in launches):
+    if plan.problem.op != "forward" or any(part.parts_packed < part.parts for part in launches):
         return None
     return tuple((part.tile.outputs, part.tile.depth, part.by_tap, part.parts) for part in launches)
 
 
-def pack(plan: Plan, operands: Operands) -> Any:
-    """The panels of a forward convolution, one per launch, or the kernel; in device memory."""
+def pack(plan: Plan, operands: Operands) -> Kept:
+    """The panels, one per launch, or the kernel; in device memory."""
     from gpuconv.backends.numba_cuda import implicit_gemm_run
 
     with launch.on_gpu(operands.ordinal):
@@ -184,24 +243,39 @@ def pack(plan: Plan, operands: Operands) -> Any:
             k = [implicit_gemm_run.packed(cut, k, operands.x, stream) for cut in plan.config["launches"]]
         if stream:
             stream.synchronize()  # other streams will read it
-        return k
+        return Kept(k)
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
     """Launch the kernels on NumPy operands (uploaded and downloaded here) or on CuPy ones, on the given stream."""
-    from gpuconv.backends.numba_cuda import implicit_gemm_run
-
-    problem = plan.problem
+    like, kept = operands.x, operands.packed
     with ExitStack() as stack:
         stack.enter_context(launch.on_gpu(operands.ordinal))
-        stream = launch.stream(operands.stream, operands.x)
+        stream = launch.stream(operands.stream, like)
+        if operands.again and kept is not None and replay.in_place(like) and replay.in_place(out):
+            address = launch.stream_address(operands.stream, like)
+            x = like
+            kept.run(plan, x, out, address, stream, lambda: _call(plan, operands, launch.flat(out), stream))
+            return
         y = stack.enter_context(launch.output(out, stream))
-        x = launch.flat(operands.x, stream)
-        k = launch.flat(operands.k, stream) if operands.packed is None else operands.packed
-        bias = launch.vector(operands.x, operands.bias, dtypes.numpy_dtype(problem.sum_dtype), 1, stream)
-        held = []  # until the stack unwinds: what was uploaded must outlive the kernels
-        for number, cut in enumerate(plan.config["launches"]):
-            # Panels are of a forward convolution, which sees x and y as they are.
-            of_x, of_k, of_y = (x, k[number], y) if isinstance(k, list) else direct.views(problem, cut.part, x, k, y)
-            has_bias = operands.bias is not None
-            held.append(implicit_gemm_run.run(cut, of_x, of_k, of_y, bias, has_bias, operands.x, stream))
+        # Held until the stack unwinds, because what was uploaded must outlive the kernels.
+        call = _call(plan, operands, y, stream)
+        for step in call.steps:
+            step.run(stream)
+
+
+def _call(plan: Plan, operands: Operands, y: Any, stream: Any) -> replay.Call:
+    """The launches of a call into y."""
+    from gpuconv.backends.numba_cuda import implicit_gemm_run
+
+    problem, like, kept = plan.problem, operands.x, operands.packed
+    x = launch.flat(like, stream)
+    k = launch.flat(operands.k, stream) if kept is None else kept.weights
+    bias = launch.vector(like, operands.bias, dtypes.numpy_dtype(problem.sum_dtype), 1, stream)
+    has_bias = operands.bias is not None
+    steps: list[replay.Step] = []
+    for number, cut in enumerate(plan.config["launches"]):
+        # Panels are of a forward convolution, which sees x and y as they are.
+        of_x, of_k, of_y = (x, k[number], y) if isinstance(k, list) else direct.views(problem, cut.part, x, k, y)
+        steps += implicit_gemm_run.steps(cut, of_x, of_k, of_y, bias, has_bias, like, stream)
+    return replay.Call(steps, x.vector, y.vector)

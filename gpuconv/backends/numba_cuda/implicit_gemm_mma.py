@@ -12,22 +12,32 @@ No GPU has run this yet: it runs when asked for by name, and ``explain`` says so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gpuconv import dtypes
-from gpuconv.backends.numba_cuda import convert, direct, launch, tiles
+from gpuconv.backends.numba_cuda import convert, cost, direct, gpus, launch, replay, tensor_tile, tuned
+from gpuconv.backends.numba_cuda.cost import Candidate
+from gpuconv.backends.numba_cuda.replay import Kept
+from gpuconv.backends.numba_cuda.tensor_shape import SLICE_BYTES, TALL, TensorTile
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
 NAME = "numba_cuda.implicit_gemm_mma"
 DEVICE = "cuda"
 ARRAYS = "any"
-OPS = frozenset(("forward", "input_grad"))
+OPS = frozenset(("forward", "input_grad", "weight_grad"))
 EXPERIMENTAL = True
 
 _MOST = 2**31 - 1  # what the kernel counts in 32 bits: channels, slots, entries of the tables
+# Products of a part, at most: tensor cores round sums towards zero, which after so many costs up to 2e-4 of the sum.
+_LONGEST = 2**16
+# Elements of packed weights of one part of a weight gradient, about: 32 MiB of 16 bits.
+_PANELS = 2**24
+# Products of a part of a sum, at least: an output leaves 4 bytes per part to be written and read once more.
+_SHORTEST = 256
 
 
 def unavailable() -> str | None:
@@ -84,14 +94,21 @@ class Launch:
 
     part: direct.Part
     way: str
+    tile: TensorTile
     slices: int  # of the whole sum, each of one tap
     parts: int  # that the sum is cut into
     images: int  # of x at a time, so that its copy and what the parts leave fit the scratch
-    # Output channels and pixels of a tile, products of a slice, channels of a copy of 16 bytes.
-    outputs: int
-    pixels: int
-    depth: int
-    lanes: int
+    parts_packed: int  # parts whose weights are packed at a time
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of x and of the weights."""
+        return dtypes.itemsize(self.part.problem.x_dtype)
+
+    @property
+    def depth(self) -> int:
+        """Products of a slice."""
+        return SLICE_BYTES // self.itemsize
 
     @property
     def part_slices(self) -> int:
@@ -100,19 +117,24 @@ class Launch:
 
     @property
     def channels(self) -> int:
-        """Channels of a group, rounded up to whole vectors."""
-        return -(-(self.part.problem.C // self.part.problem.groups) // self.lanes) * self.lanes
+        """Channels of a group, rounded up to whole copies of 16 bytes."""
+        lanes = 16 // self.itemsize
+        return -(-(self.part.problem.C // self.part.problem.groups) // lanes) * lanes
 
     @property
     def tiles_o(self) -> int:
         """Tiles that cover the output channels of a group."""
-        return -(-(self.part.problem.O // self.part.problem.groups) // self.outputs)
+        return -(-(self.part.problem.O // self.part.problem.groups) // self.tile.outputs)
 
     @property
     def panel_size(self) -> int:
-        """Elements of the packed weights."""
-        slots = self.parts * self.part_slices * self.depth
-        return self.part.problem.groups * self.tiles_o * slots * self.outputs
+        """Elements of the packed weights of one part."""
+        return self.part.problem.groups * self.tiles_o * self.part_slices * self.depth * self.tile.outputs
+
+    @property
+    def panel_bytes(self) -> int:
+        """The same in bytes."""
+        return self.itemsize * self.panel_size
 
     def copy_size(self, images: int) -> int:
         """Elements of the copy of x, where one is needed."""
@@ -127,43 +149,106 @@ class Launch:
         """Elements that all parts leave for ``images`` images, in float32; none when one part writes y."""
         return self.parts * self.part.problem.O * self.plane(images) if self.parts > 1 else 0
 
-    def scratch(self, images: int) -> int:
-        """Bytes of scratch for so many images at a time, and of 16 times the padding's value."""
-        itemsize = dtypes.itemsize(self.part.problem.x_dtype)
-        return itemsize * (self.panel_size + self.copy_size(images)) + 4 * self.partial_size(images) + 16
+    def beside(self, images: int) -> int:
+        """Bytes of scratch besides packed weights: x's copy, what the parts leave, 16 times the padding's value."""
+        return self.itemsize * self.copy_size(images) + 4 * self.partial_size(images) + 16
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of scratch."""
+        return self.parts_packed * self.panel_bytes + self.beside(self.images)
 
 
-def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
-    """Cut sums, and batches so that packed weights, the copy of x and partial sums fit ``limit``."""
+def plan(problem: Conv2dProblem, target: Target, limit: int, configuration: Sequence[Candidate] | None = None) -> Plan:
+    """Choose tiles, and cut sums and batches so that packed weights, the copy of x and partial sums fit ``limit``.
+
+    ``configuration`` is one of ``configurations``; without it what was tuned, or else the first of them.
+    """
     lowered = direct.parts(problem)
+    works = [_work(problem, part.problem) for part in lowered]
+    remembered = None
+    if configuration is None:
+        fewest = [_least(problem, work) for work in works]
+        known = tensor_tile.tiles(way(problem) or "tf32")
+        remembered = tuned.find(tuned.key(NAME, problem, target, limit), known, works, fewest)
+    if remembered is not None:
+        configuration = remembered.configuration
+    chosen = configuration or configurations(problem, target, 1)[0]
     fixed = sum(part.problem.table_bytes() for part in lowered)
     fixed += problem.result_channels * dtypes.itemsize(problem.sum_dtype)
-    launches = tuple(_cut(problem, part, limit - fixed, fixed) for part in lowered)
-    scratch = fixed + max((cut.scratch(cut.images) for cut in launches), default=0)
-    return Plan(problem, scratch, "float32", _told(launches), {"launches": launches})
+    wholes = [
+        Launch(part, work.way, candidate.tile, work.slices, candidate.parts, part.problem.N, candidate.parts)
+        for part, work, candidate in zip(lowered, works, chosen, strict=True)
+    ]
+    # The launches of a call are made together, each with scratch of its own.
+    count = max(len(wholes), 1)
+    least = count * max((whole.panel_bytes + whole.beside(1) for whole in wholes), default=0)
+    if fixed + least > limit:
+        raise MemoryError(
+            f"{NAME} on {problem} needs {fixed + least} bytes of scratch, and workspace_limit leaves too few"
+        )
+    launches = tuple(_cut(problem, whole, (limit - fixed) // count) for whole in wholes)
+    scratch = fixed + sum(cut.scratch for cut in launches)
+    told = _told(launches) + cost.told(works, chosen, gpus.of(target), remembered.seconds if remembered else None)
+    return Plan(problem, scratch, "float32", told, {"launches": launches})
 
 
-def _cut(problem: Conv2dProblem, part: direct.Part, room: int, fixed: int) -> Launch:
-    """The launch of ``part`` within ``room`` bytes; how a sum is cut depends on the problem of one image alone."""
-    from gpuconv.backends.numba_cuda import tensor_shape as shape
+def configurations(problem: Conv2dProblem, target: Target, most: int) -> list[tuple[Candidate, ...]]:
+    """The ways to run the problem that should be fastest, the choice first: a tile and parts for every launch.
 
-    forward = part.problem
-    C, O = forward.C // forward.groups, forward.O // forward.groups
+    How a sum is cut depends on the problem of one image alone; that of a weight gradient goes over the batch.
+    """
+    gpu, gradient = gpus.of(target), problem.op == "weight_grad"
+    found = []
+    for part in direct.parts(problem):
+        work = _work(problem, part.problem)
+        counts = cost.divisions(work.slices, _least(problem, work), _SHORTEST // work.depth)
+        batches = (work.images,) if gradient else cost.BATCHES
+        found.append(cost.configurations(work, tensor_tile.tiles(work.way), counts, gpu, batches, most))
+    # The r-th best of every launch together.
+    return [tuple(ways[min(rank, len(ways) - 1)] for ways in found) for rank in range(max(map(len, found), default=1))]
+
+
+def _least(problem: Conv2dProblem, work: cost.Work) -> int:
+    """The fewest parts: none too long, and the weights of a gradient are dy, of which one has to fit any workspace."""
+    slots = work.slices * work.depth
+    least = -(-slots // _LONGEST)
+    if problem.op == "weight_grad":
+        least = max(least, slots * max(work.outputs, TALL.outputs) * work.groups // _PANELS)
+    return max(1, min(least, work.slices))
+
+
+def _work(problem: Conv2dProblem, forward: Conv2dProblem) -> cost.Work:
+    """What one launch computes."""
+    C, O, plane = forward.C // forward.groups, forward.O // forward.groups, forward.OH * forward.OW
     itemsize = dtypes.itemsize(forward.x_dtype)
-    depth = shape.SLICE_BYTES // itemsize
-    slices = forward.KH * forward.KW * -(-C // depth)
-    # A slice here is as many bytes as two or four of ``implicit_gemm``.
-    wanted = tiles.choose_parts(O, forward.OH * forward.OW, forward.groups, slices * depth // tiles.SMALL.depth)
-    part_slices = -(-slices // min(wanted, max(slices, 1)))
-    parts = -(-slices // part_slices) if slices else 1  # none of them empty
-    made = way(problem) or ""
-    cut = Launch(part, made, slices, parts, forward.N, shape.OUTPUTS, shape.PIXELS, depth, 16 // itemsize)
-    while cut.images > 1 and cut.scratch(cut.images) > room:
-        cut = replace(cut, images=cut.images // 2)
-    if cut.scratch(cut.images) > room:
-        needed = fixed + cut.scratch(1)
-        raise MemoryError(f"{NAME} on {problem} needs {needed} bytes of scratch, and workspace_limit leaves too few")
-    return cut
+    depth = SLICE_BYTES // itemsize
+    copied = problem.layout != "NHWC" or problem.op == "weight_grad"
+    x = itemsize * forward.C * forward.H * forward.W
+    return cost.Work(
+        way=way(problem) or "tf32",
+        outputs=O,
+        pixels=plane,
+        images=forward.N,
+        groups=forward.groups,
+        slices=forward.KH * forward.KW * -(-C // depth),
+        depth=depth,
+        itemsize=itemsize,
+        image_bytes=(3 if copied else 1) * x + itemsize * forward.O * plane,  # the copy is written and read
+        weight_bytes=itemsize * forward.O * C * forward.KH * forward.KW,
+        launches=2 if copied else 1,
+    )
+
+
+def _cut(problem: Conv2dProblem, whole: Launch, room: int) -> Launch:
+    """The launch within ``room`` bytes; how many images and parts are under way at once depends on it."""
+    parts, images, panel = whole.parts, whole.images, whole.panel_bytes
+    # All images at once for a gradient, whose weights are packed anew for others; all weights at once otherwise.
+    together = 1 if problem.op == "weight_grad" else parts
+    while images > 1 and whole.beside(images) + panel * together > room:
+        images //= 2
+    packed = min(parts, (room - whole.beside(images)) // panel) if panel else parts
+    return replace(whole, images=images, parts_packed=packed)
 
 
 def _told(launches: tuple[Launch, ...]) -> str:
@@ -171,7 +256,7 @@ def _told(launches: tuple[Launch, ...]) -> str:
     if not launches:
         return "nothing to compute"
     first = launches[0]
-    told = f"tensor cores, {first.way}, tile {first.outputs} outputs × {first.pixels} pixels × {first.depth} deep"
+    told = f"tensor cores, {first.way}, tile {first.tile}, {first.depth} deep"
     told += f", sums in {first.parts} parts" if first.parts > 1 else ""
     told += (
         f", {first.images} of {first.part.problem.N} images at a time" if first.images < first.part.problem.N else ""
@@ -180,42 +265,62 @@ def _told(launches: tuple[Launch, ...]) -> str:
 
 
 def pack_key(plan: Plan) -> Any:
-    """The form of the panels."""
-    return tuple((cut.depth, cut.parts) for cut in plan.config["launches"])
+    """The form of the panels; None where the kernel is kept as it is.
+
+    Because its panels are made piece by piece, or of views of it, as those of a gradient are.
+    """
+    launches = plan.config["launches"]
+    if plan.problem.op != "forward" or any(cut.parts_packed < cut.parts for cut in launches):
+        return None
+    return tuple((cut.tile.outputs, cut.depth, cut.parts) for cut in launches)
 
 
-def pack(plan: Plan, operands: Operands) -> Any:
-    """The panels of a forward convolution, one per launch, in device memory."""
+def pack(plan: Plan, operands: Operands) -> Kept:
+    """The panels, one per launch, or the kernel; in device memory."""
     from gpuconv.backends.numba_cuda import implicit_gemm_mma_run
 
     with launch.on_gpu(operands.ordinal):
         stream = launch.stream(operands.stream, operands.x)
-        k = launch.flat(implicit_gemm_mma_run.bits(operands.k), stream)
-        made = [implicit_gemm_mma_run.packed(cut, k, operands.x, stream) for cut in plan.config["launches"]]
+        k: Any = launch.flat(implicit_gemm_mma_run.bits(operands.k), stream)
+        if pack_key(plan) is not None:
+            k = [implicit_gemm_mma_run.packed(cut, k, operands.x, stream) for cut in plan.config["launches"]]
         if stream:
             stream.synchronize()  # other streams will read it
-        return made
+        return Kept(k)
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
     """Launch the kernels on NumPy operands (uploaded and downloaded here) or on CuPy ones, on the given stream."""
     from gpuconv.backends.numba_cuda import implicit_gemm_mma_run
 
-    problem, like = plan.problem, operands.x
+    like, kept = operands.x, operands.packed
     with ExitStack() as stack:
         stack.enter_context(launch.on_gpu(operands.ordinal))
         stream = launch.stream(operands.stream, like)
+        if operands.again and kept is not None and replay.in_place(like) and replay.in_place(out):
+            address = launch.stream_address(operands.stream, like)
+            x = implicit_gemm_mma_run.bits(like)
+            kept.run(plan, x, out, address, stream, lambda: _call(plan, operands, launch.flat(out), stream))
+            return
         y = stack.enter_context(launch.output(out, stream))
-        x = launch.flat(implicit_gemm_mma_run.bits(like), stream)
-        packed = operands.packed
-        bias = launch.vector(like, operands.bias, dtypes.numpy_dtype("float32"), 1, stream)
-        held = []  # until the stack unwinds: what was uploaded must outlive the kernels
-        for number, cut in enumerate(plan.config["launches"]):
-            if packed is not None:  # of a forward convolution, which sees x and y as they are
-                of_x, weights, of_y = x, packed[number], y
-            else:
-                k = launch.flat(implicit_gemm_mma_run.bits(operands.k), stream)
-                of_x, of_k, of_y = direct.views(problem, cut.part, x, k, y)
-                weights = implicit_gemm_mma_run.packed(cut, of_k, like, stream)
-            has_bias = operands.bias is not None
-            held.append(implicit_gemm_mma_run.run(cut, of_x, weights, of_y, bias, has_bias, like, stream))
+        # Held until the stack unwinds, because what was uploaded must outlive the kernels.
+        call = _call(plan, operands, y, stream)
+        for step in call.steps:
+            step.run(stream)
+
+
+def _call(plan: Plan, operands: Operands, y: Any, stream: Any) -> replay.Call:
+    """The launches of a call into y."""
+    from gpuconv.backends.numba_cuda import implicit_gemm_mma_run
+
+    problem, like, kept = plan.problem, operands.x, operands.packed
+    x = launch.flat(implicit_gemm_mma_run.bits(like), stream)
+    k = launch.flat(implicit_gemm_mma_run.bits(operands.k), stream) if kept is None else kept.weights
+    bias = launch.vector(like, operands.bias, dtypes.numpy_dtype("float32"), 1, stream)
+    has_bias = operands.bias is not None
+    steps: list[replay.Step] = []
+    for number, cut in enumerate(plan.config["launches"]):
+        # Panels are of a forward convolution, which sees x and y as they are.
+        of_x, of_k, of_y = (x, k[number], y) if isinstance(k, list) else direct.views(problem, cut.part, x, k, y)
+        steps += implicit_gemm_mma_run.steps(cut, of_x, of_k, of_y, bias, has_bias, like, stream)
+    return replay.Call(steps, x.vector, y.vector)

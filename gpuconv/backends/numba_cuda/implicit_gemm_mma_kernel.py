@@ -7,7 +7,7 @@ their channels side by side, so that a slice, which is of one tap, is a run of 6
 every pixel, and goes from global to shared memory without passing through registers:
 
     memory  [STAGES, outputs + pixels, PITCH]   words of shared memory: a row per output channel or pixel
-    sums    [4·4 tiles of 16 × 8 per warp]      registers, 64 in every thread; see ``tensor_tile``
+    sums    [rows·columns of 16 × 8 per warp]   registers; see ``tensor_tile``
 
     slices 0 … STAGES - 2 are under way
     turn 0, 1, …   wait until this turn's slice has landed, and for the block: everyone's part of it has, and
@@ -29,38 +29,31 @@ from numba import cuda  # a global of this module: the simulator replaces it the
 
 from gpuconv import dtypes
 from gpuconv.backends.numba_cuda import convert, gathers, ptx, tensor_tile
-from gpuconv.backends.numba_cuda.tensor_shape import (
-    OUTPUTS,
-    PARKING_PITCH,
-    PITCH,
-    PIXELS,
-    SLICE_BYTES,
-    STAGE,
-    STAGES,
-    SUMS,
-    THREADS,
-    WARP_OUTPUTS,
-    WARP_PIXELS,
-    WARPS_P,
-)
+from gpuconv.backends.numba_cuda.tensor_shape import PITCH, SLICE_BYTES, TensorTile
 
 CHUNKS = SLICE_BYTES // ptx.VECTOR_BYTES  # copies that one row of a slice takes
 
 
-def build(way: str, dtype: str, y_dtype: str) -> Any:
-    """The kernel as a Python function; element types and the way of multiplying (see ``tensor_tile``) frozen in."""
-    STORE, ZERO = convert.storer(y_dtype), np.float32(0)
+def build(tile: TensorTile, way: str, dtype: str, y_dtype: str) -> Any:
+    """The kernel as a Python function; tile, element types and way of multiplying (see ``tensor_tile``) frozen in."""
+    STORE, ZERO, FLOAT32 = convert.storer(y_dtype), np.float32(0), convert.numba_type("float32")
     LANES = ptx.VECTOR_BYTES // dtypes.itemsize(dtype)  # channels of one copy
     DEPTH = SLICE_BYTES // dtypes.itemsize(dtype)
-    SIZE = STAGES * STAGE
+    OUTPUTS, PIXELS, THREADS, SUMS = tile.outputs, tile.pixels, tile.threads, tile.sums
+    STAGES, STAGE = tile.stages, tile.stage
+    SIZE = 0 if tile.dynamic_bytes else tile.words  # 0: as much as the launch asks for
+    WARPS_O, WARPS_P, WARP_OUTPUTS, WARP_PIXELS = tile.warps_o, tile.warps_p, tile.warp_outputs, tile.warp_pixels
+    PARKING_PITCH = tile.parking_pitch
     ROWS_AT_ONCE = THREADS // CHUNKS  # that the block copies 16 bytes of each
     K_COPIES, X_COPIES = OUTPUTS // ROWS_AT_ONCE, PIXELS // ROWS_AT_ONCE
     AHEAD = STAGES - 1
+    PROMOTED = tensor_tile.PROMOTED.get(way, 0)
+    TOTALS = SUMS if PROMOTED else 1
     OUTSIDE, LIMIT = np.int64(gathers.OUTSIDE), np.int64(gathers.LIMIT)
     ALIGNMENT = ptx.shared_alignment()
     copy, commit, wait = ptx.async_copies(STAGES - 2)
-    multiply = tensor_tile.multiply_slice(way)
-    park = tensor_tile.park_sums()
+    multiply = tensor_tile.multiply_slice(tile, way)
+    promote, park = tensor_tile.promote_sums(tile), tensor_tile.park_sums(tile)
     next_tap = gathers.next_tap
 
     def implicit_gemm_mma(  # type: ignore[no-untyped-def]  # Numba infers the types
@@ -71,14 +64,15 @@ def build(way: str, dtype: str, y_dtype: str) -> Any:
         bias, has_bias, relu,
         y, y0, y_part, yN, yG, yO, yH, yW,
         N, C, O, KH, KW, OH, OW, groups,  # C and O per group; C is a multiple of LANES
-        slices, parts, part_slices,
+        slices, first_part, parts, part_slices,
     ):  # fmt: skip
-        memory = cuda.shared.array(SIZE, np.float32, ALIGNMENT)
+        memory = cuda.shared.array(SIZE, FLOAT32, ALIGNMENT)
         x_places = cuda.shared.array(PIXELS, np.int64)
         x_rows = cuda.shared.array(PIXELS, np.int32)
         x_columns = cuda.shared.array(PIXELS, np.int32)
         y_places = cuda.shared.array(PIXELS, np.int64)
         sums = cuda.local.array(SUMS, np.float32)
+        totals = cuda.local.array(TOTALS, np.float32)
 
         # Neighbouring blocks share their pixels, so that x comes from the cache.
         t = cuda.threadIdx.x
@@ -90,7 +84,7 @@ def build(way: str, dtype: str, y_dtype: str) -> Any:
         first_p = block // tiles_o % tiles_p * PIXELS
         group = block // (tiles_o * tiles_p) % groups
         part = block // (tiles_o * tiles_p * groups)
-        first_slice = part * part_slices
+        first_slice = (first_part + part) * part_slices
         count = min(part_slices, slices - first_slice)
 
         # The tile's pixels: divided into (n,i,j) once, by one thread for all that load or store them.
@@ -123,6 +117,8 @@ def build(way: str, dtype: str, y_dtype: str) -> Any:
 
         for s in range(SUMS):
             sums[s] = ZERO
+        for s in range(TOTALS):
+            totals[s] = ZERO
         for turn in range(-AHEAD, count):
             if turn >= 0:
                 # All but the youngest groups: a group is committed each turn, also an empty one, so that this counts.
@@ -151,23 +147,31 @@ def build(way: str, dtype: str, y_dtype: str) -> Any:
             if turn >= 0:
                 stage = turn % STAGES * STAGE
                 multiply(sums, memory, stage + at_o, stage + at_p)
+                if PROMOTED:
+                    if turn % PROMOTED == PROMOTED - 1:
+                        promote(sums, totals)
+        if PROMOTED:
+            promote(totals, sums)
 
-        # The sums go through shared memory, so that neighbouring threads write neighbouring elements of y.
-        cuda.syncthreads()
-        park(sums, memory, (warp_o + lane // 4) * PARKING_PITCH + warp_p + lane % 4 * 2)
-        cuda.syncthreads()
-        for element in range(t, OUTPUTS * PIXELS, THREADS):
-            row, pixel = element // PIXELS, element % PIXELS
-            if yO == 1:  # channels last
-                row, pixel = element % OUTPUTS, element // OUTPUTS
-            at = y_places[pixel]
-            o = first_o + row
-            if at > LIMIT and o < O:
-                total = memory[row * PARKING_PITCH + pixel]
-                if has_bias:
-                    total += bias[group * O + o]
-                if relu and total < ZERO:  # false for NaN, which passes through
-                    total = ZERO
-                y[at + o * yO] = STORE(total)
+        # The sums go through shared memory, those of one row of warps at a time, so that neighbouring threads write
+        # neighbouring elements of y.
+        for row_of_warps in range(WARPS_O):
+            cuda.syncthreads()
+            if warp // WARPS_P == row_of_warps:
+                park(sums, memory, lane // 4 * PARKING_PITCH + warp_p + lane % 4 * 2)
+            cuda.syncthreads()
+            for element in range(t, WARP_OUTPUTS * PIXELS, THREADS):
+                row, pixel = element // PIXELS, element % PIXELS
+                if yO == 1:  # channels last
+                    row, pixel = element % WARP_OUTPUTS, element // WARP_OUTPUTS
+                at = y_places[pixel]
+                o = first_o + row_of_warps * WARP_OUTPUTS + row
+                if at > LIMIT and o < O:
+                    total = memory[row * PARKING_PITCH + pixel]
+                    if has_bias:
+                        total += bias[group * O + o]
+                    if relu and total < ZERO:  # false for NaN, which passes through
+                        total = ZERO
+                    y[at + o * yO] = STORE(total)
 
     return implicit_gemm_mma

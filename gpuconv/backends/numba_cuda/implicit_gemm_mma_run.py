@@ -11,16 +11,18 @@ from gpuconv import arrays, dtypes
 from gpuconv.backends.numba_cuda import channels_last, implicit_gemm_mma_kernel, implicit_gemm_run, launch, ptx
 from gpuconv.backends.numba_cuda.implicit_gemm_mma import Launch
 from gpuconv.backends.numba_cuda.launch import Flat
-from gpuconv.backends.numba_cuda.tensor_shape import THREADS
+from gpuconv.backends.numba_cuda.replay import Step
+from gpuconv.backends.numba_cuda.tensor_shape import TensorTile
 
 # 16-bit floats are copied as the integers of their bits.
 _BITS = {"float16": "uint16", "bfloat16": "uint16", "float32": "float32"}
 
 
-@lru_cache(maxsize=16)
-def kernel(way: str, dtype: str, y_dtype: str) -> Any:
+@lru_cache(maxsize=64)
+def kernel(tile: TensorTile, way: str, dtype: str, y_dtype: str) -> Any:
     """The compiled-on-demand kernel of one specialisation."""
-    return launch.jit(implicit_gemm_mma_kernel.build(way, dtype, y_dtype))
+    body = implicit_gemm_mma_kernel.build(tile, way, dtype, y_dtype)
+    return launch.jit(body, tile.registers, tile.dynamic_bytes)
 
 
 @lru_cache(maxsize=4)
@@ -37,41 +39,55 @@ def bits(array: Any) -> Any:
 
 def packed(cut: Launch, k: Flat, like: Any, stream: Any) -> Any:
     """The panels of all parts."""
-    problem = cut.part.problem
-    kind = _BITS[problem.k_dtype]
-    weights = launch.scratch(like, np.dtype(kind), max(cut.panel_size, 1))
-    if cut.panel_size:
-        function = implicit_gemm_run.packer(kind, cut.outputs, cut.depth, True, True)
-        slots = cut.parts * cut.part_slices * cut.depth
-        sizes = (problem.C // problem.groups, problem.O // problem.groups, problem.KH, problem.KW, problem.groups)
-        grid = implicit_gemm_run.blocks(cut.panel_size), implicit_gemm_run.THREADS, stream
-        function[grid](*k.arguments(), weights, 0, slots, *sizes)
+    weights = launch.scratch(like, np.dtype(_BITS[cut.part.problem.k_dtype]), max(cut.parts * cut.panel_size, 1))
+    for step in _pack(cut, k, weights, 0, cut.parts):
+        step.run(stream)
     return weights
 
 
-def run(cut: Launch, x: Flat, weights: Any, y: Flat, bias: Any, has_bias: bool, like: Any, stream: Any) -> list[Any]:
-    """Make y of x and the panels; returns the vectors that the kernels use until they have run."""
+def _pack(cut: Launch, k: Flat, weights: Any, part: int, parts: int) -> list[Step]:
+    """The launch that makes panels of ``parts`` parts from ``part`` on, in ``weights``; none of a sum of nothing."""
+    problem, slots = cut.part.problem, cut.part_slices * cut.depth
+    if cut.panel_size == 0:
+        return []
+    function = implicit_gemm_run.packer(_BITS[problem.k_dtype], cut.tile.outputs, cut.depth, True, True)
+    sizes = (problem.C // problem.groups, problem.O // problem.groups, problem.KH, problem.KW, problem.groups)
+    arguments = (*k.arguments(), weights, part * slots, parts * slots, *sizes)
+    return [Step(function, implicit_gemm_run.blocks(parts * cut.panel_size), implicit_gemm_run.THREADS, arguments)]
+
+
+def steps(cut: Launch, x: Flat, k: Any, y: Flat, bias: Any, has_bias: bool, like: Any, stream: Any) -> list[Step]:
+    """The launches that make y of x and k, a Flat or its panels."""
     problem = cut.part.problem
     kind = dtypes.numpy_dtype(_BITS[problem.x_dtype])
     fill = np.full(ptx.VECTOR_BYTES // kind.itemsize, problem.fill, dtypes.numpy_dtype(problem.x_dtype)).view(kind)
     border = launch.vector(like, fill, kind, len(fill), stream)
+    weights = k
+    if isinstance(k, Flat):
+        weights = launch.scratch(like, kind, max(cut.parts_packed * cut.panel_size, 1))
     in_place = _in_place(cut, x)
     copied = None if in_place else launch.scratch(like, kind, max(cut.copy_size(cut.images), 1))
     partial = launch.scratch(like, np.dtype(np.float32), cut.partial_size(cut.images)) if cut.parts > 1 else None
     tables: list[Any] = []
+    made: list[Step] = []
+    # Both loops go round once where the scratch has room for all images and parts.
     for image in range(0, problem.N, cut.images):
         images = min(cut.images, problem.N - image)
-        seen = implicit_gemm_run.from_image(x, image)
-        made = implicit_gemm_run.from_image(y, image)
+        of_x, of_y = implicit_gemm_run.from_image(x, image), implicit_gemm_run.from_image(y, image)
         if not in_place:
-            seen = _turned(cut, seen, copied, images, stream)
-        tables = tables or implicit_gemm_run.tables(problem, seen, like, stream)  # the strides stay the same
+            made += _turn(cut, of_x, copied, images)
+            of_x = _turned(cut, copied)
+        tables = tables or implicit_gemm_run.tables(problem, of_x, like, stream)  # the strides stay the same
         plane = cut.plane(images)
-        into = made if partial is None else implicit_gemm_run.left_of(problem, partial, 0, plane)
-        _multiply(cut, seen, border, weights, into, bias, has_bias and partial is None, tables, images, stream)
+        for part in range(0, cut.parts, cut.parts_packed):
+            parts = min(cut.parts_packed, cut.parts - part)
+            if isinstance(k, Flat) and (image == 0 or parts < cut.parts):
+                made += _pack(cut, k, weights, part, parts)
+            into = of_y if partial is None else implicit_gemm_run.left_of(problem, partial, part, plane)
+            made.append(_multiply(cut, of_x, border, weights, into, bias, has_bias, tables, images, part, parts))
         if partial is not None:
-            implicit_gemm_run.add(problem, partial, cut.parts, plane, made, bias, has_bias, images, stream)
-    return [border, copied, partial, weights, tables]
+            made.append(implicit_gemm_run.add(problem, partial, cut.parts, plane, of_y, bias, has_bias, images))
+    return made
 
 
 def _in_place(cut: Launch, x: Flat) -> bool:
@@ -85,15 +101,19 @@ def _in_place(cut: Launch, x: Flat) -> bool:
     return channel == 1 and all(step % ptx.VECTOR_BYTES == 0 for step in steps)
 
 
-def _turned(cut: Launch, x: Flat, copied: Any, images: int, stream: Any) -> Flat:
-    """x with its channels side by side, in ``copied``."""
+def _turn(cut: Launch, x: Flat, copied: Any, images: int) -> list[Step]:
+    """The launch that copies x with its channels side by side; none where there is nothing to copy."""
     problem = cut.part.problem
     side, channels = channels_last.SIDE, cut.channels
     grid = images * problem.groups * -(-channels // side) * -(-problem.H * problem.W // side)
-    if grid:
-        sizes = (images, problem.C // problem.groups, problem.H, problem.W, problem.groups)
-        function = turner(_BITS[problem.x_dtype])
-        function[grid, channels_last.THREADS, stream](*x.arguments(), copied, channels, *sizes)
+    sizes = (images, problem.C // problem.groups, problem.H, problem.W, problem.groups)
+    arguments = (*x.arguments(), copied, channels, *sizes)
+    return [Step(turner(_BITS[problem.x_dtype]), grid, channels_last.THREADS, arguments)] if grid else []
+
+
+def _turned(cut: Launch, copied: Any) -> Flat:
+    """The copy as an operand."""
+    problem, channels = cut.part.problem, cut.channels
     pixel = problem.groups * channels
     return Flat(copied, 0, (problem.H * problem.W * pixel, channels, 1, problem.W * pixel, pixel))
 
@@ -108,22 +128,23 @@ def _multiply(
     has_bias: bool,
     tables: list[Any],
     images: int,
-    stream: Any,
-) -> None:
-    """The sums of all parts, into y or what the parts leave."""
-    problem = cut.part.problem
-    grid = -(-images * problem.OH * problem.OW // cut.pixels) * cut.tiles_o * problem.groups * cut.parts
+    part: int,
+    parts: int,
+) -> Step:
+    """The sums of ``parts`` parts from ``part`` on, into y or what the parts leave."""
+    problem, tile = cut.part.problem, cut.tile
+    grid = -(-images * problem.OH * problem.OW // tile.pixels) * cut.tiles_o * problem.groups * parts
     left = cut.parts > 1
-    function = kernel(cut.way, problem.x_dtype, "float32" if left else problem.y_dtype)
+    function = kernel(tile, cut.way, problem.x_dtype, "float32" if left else problem.y_dtype)
     narrow, wide = np.int32, np.int64
-    function[grid, THREADS, stream](
+    arguments = (
         x.vector,
         *map(wide, (x.offset, x.strides[0], x.strides[1])),
         *tables,
         border,
         weights,
         bias,
-        has_bias,
+        has_bias and not left,
         not left and problem.activation == "relu",
         y.vector,
         *map(wide, (y.offset, problem.O * cut.plane(images), *y.strides)),
@@ -132,5 +153,6 @@ def _multiply(
         *map(narrow, (cut.channels, problem.O // problem.groups, problem.KH, problem.KW)),
         *map(wide, (problem.OH, problem.OW)),
         narrow(problem.groups),
-        *map(narrow, (cut.slices, cut.parts, cut.part_slices)),
+        *map(narrow, (cut.slices, part, parts, cut.part_slices)),
     )
+    return Step(function, grid, tile.threads, arguments)

@@ -12,6 +12,7 @@ from gpuconv import dtypes
 from gpuconv.backends.numba_cuda import gathers, implicit_gemm_kernel, launch, panels, partials, ptx
 from gpuconv.backends.numba_cuda.implicit_gemm import Launch
 from gpuconv.backends.numba_cuda.launch import Flat
+from gpuconv.backends.numba_cuda.replay import Step
 from gpuconv.backends.numba_cuda.tiles import Tile
 from gpuconv.problem import Conv2dProblem
 
@@ -40,39 +41,41 @@ def adder(dtype: str, y_dtype: str) -> Any:
     return launch.jit(partials.build(dtype, y_dtype))
 
 
-def run(cut: Launch, x: Flat, k: Any, y: Flat, bias: Any, has_bias: bool, like: Any, stream: Any) -> list[Any]:
-    """Make y of x and k, a Flat or its panels; returns the vectors that the kernels use until they have run."""
+def steps(cut: Launch, x: Flat, k: Any, y: Flat, bias: Any, has_bias: bool, like: Any, stream: Any) -> list[Step]:
+    """The launches that make y of x and k, a Flat or its panels."""
     problem = cut.part.problem
     dtype = dtypes.numpy_dtype(problem.sum_dtype)
     weights = launch.scratch(like, dtype, cut.parts_packed * cut.panel_size) if isinstance(k, Flat) else k
     partial = launch.scratch(like, dtype, cut.partial_size(cut.images)) if cut.parts > 1 else None
     indices = tables(problem, x, like, stream)
+    made: list[Step] = []
     # Both loops go round once where the scratch has room for all images and parts.
     for image in range(0, problem.N, cut.images):
         images = min(cut.images, problem.N - image)
-        seen = from_image(x, image)
-        made = from_image(y, image)
+        of_x, of_y = from_image(x, image), from_image(y, image)
         for part in range(0, cut.parts, cut.parts_packed):
             parts = min(cut.parts_packed, cut.parts - part)
             if isinstance(k, Flat) and (image == 0 or parts < cut.parts):
-                _pack(cut, k, weights, part, parts, stream)
+                made += _pack(cut, k, weights, part, parts)
             if partial is None:
-                scatter = scatter_of(cut, made)
-                _multiply(cut, seen, weights, made, scatter, bias, has_bias, indices, images, part, parts, stream)
+                scatter = scatter_of(cut, of_y)
+                made.append(_multiply(cut, of_x, weights, of_y, scatter, bias, has_bias, indices, images, part, parts))
             else:
                 # Planes of whole vectors: what the last one holds beyond the pixels is never read.
                 left = left_of(problem, partial, part, cut.plane(images))
-                _multiply(cut, seen, weights, left, "along_pixels", bias, False, indices, images, part, parts, stream)
+                way = "along_pixels"
+                made.append(_multiply(cut, of_x, weights, left, way, bias, False, indices, images, part, parts))
         if partial is not None:
-            add(problem, partial, cut.parts, cut.plane(images), made, bias, has_bias, images, stream)
-    return [weights, partial, indices]
+            made.append(add(problem, partial, cut.parts, cut.plane(images), of_y, bias, has_bias, images))
+    return made
 
 
 def packed(cut: Launch, k: Flat, like: Any, stream: Any) -> Any:
     """The panels of all parts."""
     dtype = dtypes.numpy_dtype(cut.part.problem.sum_dtype)
     weights = launch.scratch(like, dtype, cut.parts * cut.panel_size)
-    _pack(cut, k, weights, 0, cut.parts, stream)
+    for step in _pack(cut, k, weights, 0, cut.parts):
+        step.run(stream)
     return weights
 
 
@@ -126,17 +129,16 @@ def _in_vectors(cut: Launch, flat: Flat) -> bool:
     return all(step % ptx.VECTOR_BYTES == 0 for step in steps)
 
 
-def _pack(cut: Launch, k: Flat, weights: Any, part: int, parts: int, stream: Any) -> None:
-    """Panels of ``parts`` parts from ``part`` on, into ``weights``."""
+def _pack(cut: Launch, k: Flat, weights: Any, part: int, parts: int) -> list[Step]:
+    """The launch that makes panels of ``parts`` parts from ``part`` on, in ``weights``; none of a sum of nothing."""
     problem, tile = cut.part.problem, cut.tile
     slots = cut.part_slices * tile.depth
-    if cut.panel_size == 0:  # a sum of nothing
-        return
+    if cut.panel_size == 0:
+        return []
     function = packer(problem.sum_dtype, tile.outputs, tile.depth, cut.by_tap)
     sizes = (problem.C // problem.groups, problem.O // problem.groups, problem.KH, problem.KW, problem.groups)
-    function[blocks(parts * cut.panel_size), THREADS, stream](
-        *k.arguments(), weights, part * slots, parts * slots, *sizes
-    )
+    arguments = (*k.arguments(), weights, part * slots, parts * slots, *sizes)
+    return [Step(function, blocks(parts * cut.panel_size), THREADS, arguments)]
 
 
 def _multiply(
@@ -151,15 +153,14 @@ def _multiply(
     images: int,
     part: int,
     parts: int,
-    stream: Any,
-) -> None:
+) -> Step:
     """The sums of ``parts`` parts from ``part`` on, into y."""
     problem, tile = cut.part.problem, cut.tile
     pixels = images * problem.OH * problem.OW
     grid = -(-pixels // tile.pixels) * cut.tiles_o * problem.groups * parts
     function = kernel(tile, problem.sum_dtype, gather_of(cut, x), scatter)
     n, group, channel, _, _ = x.strides
-    function[grid, tile.threads, stream](
+    arguments = (
         x.vector,
         *map(_wide, (x.offset, n, group, channel)),
         *tables,
@@ -176,22 +177,15 @@ def _multiply(
         dtypes.numpy_dtype(problem.sum_dtype).type(problem.fill),
         *map(_narrow, (cut.slices, part, parts, cut.part_slices)),
     )
+    return Step(function, grid, tile.threads, arguments)
 
 
 def add(
-    problem: Conv2dProblem,
-    partial: Any,
-    parts: int,
-    plane: int,
-    y: Flat,
-    bias: Any,
-    has_bias: bool,
-    images: int,
-    stream: Any,
-) -> None:
+    problem: Conv2dProblem, partial: Any, parts: int, plane: int, y: Flat, bias: Any, has_bias: bool, images: int
+) -> Step:
     """What the parts left, (parts, O, plane), added up into y."""
     elements = images * problem.O * problem.OH * problem.OW
-    adder(problem.sum_dtype, problem.y_dtype)[blocks(elements), THREADS, stream](
+    arguments = (
         partial,
         problem.O * plane,
         plane,
@@ -206,6 +200,7 @@ def add(
         problem.OW,
         problem.groups,
     )
+    return Step(adder(problem.sum_dtype, problem.y_dtype), blocks(elements), THREADS, arguments)
 
 
 def blocks(elements: int) -> int:

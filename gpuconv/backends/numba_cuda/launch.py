@@ -7,7 +7,7 @@ first element and its strides, so every view is served in place: transposed, ste
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -71,11 +71,16 @@ class Flat:
         return (self.vector, self.offset, *self.strides)
 
 
+def resident(array: Any) -> bool:
+    """Whether an array is in a GPU's memory."""
+    return not isinstance(array, np.ndarray)
+
+
 def flat(array: Any, on: Any = 0) -> Flat:
     """A GPU array in place, or a host array uploaded, on the stream ``on``, in its own memory order."""
     from numba import cuda
 
-    if isinstance(array, np.ndarray):
+    if not resident(array):
         array = arrays.native(array)
         axes = _memory_order(array)
         dense = np.ascontiguousarray(array.transpose(axes))
@@ -83,9 +88,16 @@ def flat(array: Any, on: Any = 0) -> Flat:
     if any(step % array.itemsize for step in array.strides):
         array = array.copy()
     low, high = arrays.byte_bounds(array)
-    offset = (int(array.data.ptr) - low) // array.itemsize
-    vector = cuda.as_cuda_array(_Span(array, low, (high - low) // array.itemsize), sync=False)
+    offset = (arrays.address(array) - low) // array.itemsize
+    vector = _in_place(_Span(array, low, (high - low) // array.itemsize))
     return Flat(vector, offset, tuple(step // array.itemsize for step in array.strides))
+
+
+def _in_place(span: _Span) -> Any:
+    """The vector that a kernel is handed for memory of another library."""
+    from numba import cuda
+
+    return cuda.as_cuda_array(span, sync=False)
 
 
 @contextmanager
@@ -93,7 +105,7 @@ def output(out: Any, on: Any = 0) -> Iterator[Flat]:
     """Where the kernel writes ``out``: in place on a GPU, else device memory that is downloaded at the end."""
     from numba import cuda
 
-    if not isinstance(out, np.ndarray):
+    if resident(out):
         target = out if all(step % out.itemsize == 0 for step in out.strides) else out.copy()
         yield flat(target)
         if target is not out:
@@ -149,7 +161,7 @@ def vector(like: Any, values: Any | None, dtype: np.dtype[Any], size: int = 1, o
     """A small contiguous vector on the device that holds ``like``; ``size`` zeros when there are no values."""
     from numba import cuda
 
-    if isinstance(like, np.ndarray):
+    if not resident(like):
         host = np.zeros(size, dtype) if values is None else np.ascontiguousarray(values, dtype)
         return cuda.to_device(host, stream=on)
     import cupy
@@ -162,7 +174,7 @@ def scratch(like: Any, dtype: np.dtype[Any], size: int) -> Any:
     """Uninitialised memory of ``size`` elements on the device that holds ``like``."""
     from numba import cuda
 
-    if isinstance(like, np.ndarray):
+    if not resident(like):
         return cuda.device_array(size, dtype)
     import cupy
 
@@ -176,11 +188,45 @@ def address(vector: Any) -> int:
     return int(vector.__cuda_array_interface__["data"][0])
 
 
-def jit(body: Any, registers: int | None = None) -> Any:
-    """The kernel ``body``, to be compiled at its first launch, each thread with so many registers at most."""
+def jit(body: Any, registers: int | None = None, dynamic: int = 0) -> Any:
+    """The kernel ``body``, to be compiled at its first launch, each thread with so many registers at most.
+
+    A block of it has ``dynamic`` bytes of shared memory beyond what its code declares.
+    """
     from numba import cuda
 
-    return cuda.jit(body) if registers is None or convert.simulated() else cuda.jit(body, max_registers=registers)
+    made = cuda.jit(body) if registers is None or convert.simulated() else cuda.jit(body, max_registers=registers)
+    return made if dynamic == 0 else _Asking(made, dynamic)
+
+
+class _Asking:
+    """A kernel whose blocks take more shared memory than a launch may without asking, 48 KiB."""
+
+    def __init__(self, kernel: Any, dynamic: int) -> None:
+        self.kernel, self.dynamic = kernel, dynamic
+        self.asked: set[Any] = set()  # (function, device)
+
+    def __getitem__(self, shape: tuple[Any, ...]) -> Callable[..., None]:
+        grid, threads, stream = (*shape, 0)[:3]
+
+        def launch(*arguments: Any) -> None:
+            if not convert.simulated():
+                self.ask(arguments)
+            self.kernel[grid, threads, stream, self.dynamic](*arguments)
+
+        return launch
+
+    def ask(self, arguments: tuple[Any, ...]) -> None:
+        """Raise the limit of the compiled function, once on each device; Numba's driver has the call but no method."""
+        from numba.cuda.cudadrv import driver
+
+        types = tuple(self.kernel.typeof_pyval(argument) for argument in arguments)
+        function = self.kernel.compile(types)._codelibrary.get_cufunc()
+        place = function.device.id
+        if (types, place) not in self.asked:
+            attribute = driver.binding.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            driver.driver.cuKernelSetAttribute(attribute, self.dynamic, function.handle, place)
+            self.asked.add((types, place))
 
 
 def on_gpu(ordinal: int | None) -> AbstractContextManager[Any]:
@@ -192,12 +238,18 @@ def on_gpu(ordinal: int | None) -> AbstractContextManager[Any]:
     return cuda.gpus[ordinal]  # type: ignore[no-any-return]
 
 
-def stream(address: int | None, like: Any) -> Any:
-    """The Numba stream for a launch: the given one, CuPy's current one for CuPy arrays, or the default."""
-    from numba import cuda
-
-    if address is None and not isinstance(like, np.ndarray):
+def stream_address(address: int | None, like: Any) -> int:
+    """Where the stream of a launch is: the given one, CuPy's current one for CuPy arrays, or the default, 0."""
+    if address is None and resident(like):
         import cupy
 
         address = int(cupy.cuda.get_current_stream().ptr)
+    return address or 0
+
+
+def stream(address: int | None, like: Any) -> Any:
+    """The Numba stream for a launch: of ``stream_address``."""
+    from numba import cuda
+
+    address = stream_address(address, like)
     return cuda.external_stream(address) if address and not convert.simulated() else 0

@@ -1,4 +1,4 @@
-"""Tile shapes of ``numba_cuda.implicit_gemm``, and the rule that picks one.
+"""Tile shapes of ``numba_cuda.implicit_gemm``; ``cost`` picks one.
 
 A tile is what one block of threads computes: ``outputs`` output channels of ``pixels`` output pixels, each thread
 ``rows`` × ``columns`` of them, ``depth`` products at a time.
@@ -41,6 +41,20 @@ class Tile:
     def registers(self) -> int:
         """Registers that a thread may use, so that ``blocks`` blocks fit; the hardware's most is 255."""
         return min(255, REGISTERS // (self.threads * self.blocks) // 8 * 8)
+
+    @property
+    def stages(self) -> int:
+        """Slices on their way or in use: one in registers or shared memory while another is multiplied."""
+        return 2
+
+    @property
+    def name(self) -> str:
+        """The shape in a word."""
+        return f"{self.outputs}x{self.pixels}"
+
+    def shared(self, itemsize: int) -> int:
+        """Shared memory of a block, of elements of ``itemsize`` bytes."""
+        return self.shared_bytes(16 // itemsize)
 
     def row_step(self, lanes: int) -> int:
         """From one of a thread's vectors of weights to its next: neighbouring threads have neighbouring vectors."""
@@ -95,30 +109,3 @@ NARROW_64 = Tile(32, 64, rows=4, columns=4, blocks=4, worth=0.7)
 SMALL_64 = Tile(16, 32, rows=4, columns=4, blocks=12, worth=0.4)  # what sm_86 has shared memory for
 
 TILES = {"float32": (WIDE, FEW_OUTPUTS, SQUARE, NARROW, SMALL), "float64": (SQUARE_64, NARROW_64, SMALL_64)}
-
-# Multiprocessors of the GPU that the rules below have in mind: an A100's 108; an H200 has 132, a T4 40.
-MULTIPROCESSORS = 108
-
-
-def choose(dtype: str, outputs: int, pixels: int, copies: int) -> Tile:
-    """The tile that should finish first on ``copies`` products of ``outputs`` × ``pixels``, of equal depth.
-
-    Blocks run in waves, one tile per multiprocessor: a wave takes as long as its tile is large, whether or not the
-    problem fills it. A rule of thumb, not measured on a GPU yet.
-    """
-
-    def time(tile: Tile) -> float:
-        blocks = -(-outputs // tile.outputs) * -(-pixels // tile.pixels) * copies
-        return -(-blocks // MULTIPROCESSORS) * tile.outputs * tile.pixels / tile.worth
-
-    return min(TILES[dtype], key=time)
-
-
-def choose_parts(outputs: int, pixels: int, copies: int, slices: int) -> int:
-    """Into how many parts a sum of ``slices`` slices is cut, so that few outputs still fill a GPU.
-
-    Two blocks of the smaller square tile for every multiprocessor, at most 16 parts, and none shorter than 32 slices:
-    of 256 products, each of which is 2 FLOP, an output leaves 4 bytes per part to be written and read once more.
-    """
-    blocks = -(-outputs // SQUARE.outputs) * -(-pixels // SQUARE.pixels) * copies
-    return max(1, min(2 * MULTIPROCESSORS // max(blocks, 1), slices // 32, 16))

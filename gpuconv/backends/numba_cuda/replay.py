@@ -1,0 +1,191 @@
+"""Launches that are made once and asked for again: what a warmed-up ``Conv2d`` does on a GPU.
+
+The first call with arrays of some shape and strides makes its tables, scratch and arguments, and keeps them beside the
+packed weights. Later ones differ in where x and y begin, so that they are nothing but launches: no allocation, no copy,
+nothing waited for, and they can be captured in a CUDA graph. What is kept belongs to one thread and one stream, whose
+calls are in order: two of them never share scratch, and a capture needs a first call on its own stream.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+from gpuconv import arrays
+from gpuconv.backends.numba_cuda import convert, launch, ptx
+from gpuconv.backends.protocol import Plan
+
+_CALLS = 16  # forms of calls that are kept for one kernel, each with its scratch
+
+
+class Memory:
+    """Where an operand's elements are, in a call like an earlier one."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    @cached_property
+    def address(self) -> int:
+        """Of the first byte."""
+        return arrays.byte_bounds(self.array)[0]
+
+    @cached_property
+    def vector(self) -> Any:
+        """What Numba hands to a kernel; it takes some 30 µs to make, where an address takes one."""
+        return launch.flat(self.array).vector
+
+
+@dataclass(frozen=True)
+class Step:
+    """A kernel's launch."""
+
+    function: Any  # of ``launch.jit``
+    grid: int
+    threads: int
+    arguments: tuple[Any, ...]
+
+    def run(self, stream: Any) -> None:
+        """Launch it."""
+        self.function[self.grid, self.threads, stream](*self.arguments)
+
+    def kept(self, x: Any, y: Any) -> Bound | Slotted:
+        """The launch for memory in the places of the vectors ``x`` and ``y``, which it lets go of."""
+        if _can_bind():
+            return bind(self, x, y)
+        slots = {id(x): 0, id(y): 1}
+        places = tuple((place, slots[id(given)]) for place, given in enumerate(self.arguments) if id(given) in slots)
+        kept = tuple(None if id(given) in slots else given for given in self.arguments)
+        return Slotted(replace(self, arguments=kept), places)
+
+
+@dataclass(frozen=True)
+class Slotted:
+    """A launch through Numba, with places among its arguments for the vectors of x (0) and y (1)."""
+
+    step: Step
+    places: tuple[tuple[int, int], ...]
+
+    def launch(self, stream: Any, memory: Sequence[Memory]) -> None:
+        """Launch it on this memory."""
+        arguments = list(self.step.arguments)
+        for place, which in self.places:
+            arguments[place] = memory[which].vector
+        replace(self.step, arguments=tuple(arguments)).run(stream)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A launch with its arguments as the driver takes them, and the places of the addresses of x (0) and y (1).
+
+    Numba takes some 4 µs to take an array apart, at every launch. This is done with it once.
+    """
+
+    config: Any
+    kernel: Any
+    values: tuple[Any, ...]
+    places: tuple[tuple[int, int], ...]
+    held: tuple[Any, ...]  # the other arrays, whose addresses are among the values
+
+    def launch(self, stream: Any, memory: Sequence[Memory]) -> None:
+        """Launch it on this memory."""
+        from numba.cuda.cudadrv import driver
+        from numba.cuda.dispatcher import launch as start
+
+        values = list(self.values)
+        for place, which in self.places:
+            values[place] = memory[which].address
+        start(driver._to_core_stream(stream), self.config, self.kernel, *values)
+
+
+@lru_cache(maxsize=1)
+def _can_bind() -> bool:
+    """Whether this Numba launches kernels the way that ``bind`` knows; the simulator does not."""
+    if convert.simulated():
+        return False
+    from numba.cuda import dispatcher
+    from numba.cuda.cudadrv import driver
+
+    inside = (dispatcher, "launch"), (dispatcher, "LaunchConfig"), (driver, "_to_core_stream")
+    return all(hasattr(*name) for name in inside) and hasattr(dispatcher._Kernel, "_prepare_args")
+
+
+def bind(step: Step, x: Any, y: Any) -> Bound:
+    """Let Numba compile the step's kernel for its arguments, and take them apart."""
+    from numba.cuda.dispatcher import LaunchConfig
+
+    function, dynamic = step.function, getattr(step.function, "dynamic", 0)
+    if dynamic:
+        function.ask(step.arguments)
+        function = function.kernel
+    compiled = function.compile(tuple(function.typeof_pyval(argument) for argument in step.arguments))
+    values, places, held = taken_apart(compiled, step.arguments, x, y)
+    config = LaunchConfig(grid=step.grid, block=step.threads, shmem_size=dynamic)
+    return Bound(config, compiled._codelibrary.get_cufunc().kernel, values, places, held)
+
+
+def taken_apart(
+    compiled: Any, arguments: tuple[Any, ...], x: Any, y: Any
+) -> tuple[tuple[Any, ...], tuple[tuple[int, int], ...], tuple[Any, ...]]:
+    """The arguments as the driver takes them, where the addresses of x and y are among them, and the other arrays."""
+    values: list[Any] = []
+    places, held = [], []
+    for kind, argument in zip(compiled.argument_types, arguments, strict=True):
+        first = len(values)
+        compiled._prepare_args(kind, argument, 0, [], values)
+        if argument is x or argument is y:
+            # No other of an array's values, its sizes and nulls, is an address.
+            address = launch.address(argument)
+            (place,) = (first + index for index, value in enumerate(values[first:]) if value == address)
+            places.append((place, 0 if argument is x else 1))
+        elif hasattr(argument, "__cuda_array_interface__"):
+            held.append(argument)
+    return tuple(values), tuple(places), tuple(held)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The launches of one call, and the vectors of x and y that other calls have others for."""
+
+    steps: list[Step]
+    x: Any
+    y: Any
+
+
+@dataclass
+class Kept:
+    """What a ``Conv2d`` keeps on a GPU: its packed weights, and the launches of the calls that were made of them."""
+
+    weights: Any
+    calls: OrderedDict[Any, tuple[Plan, list[Bound | Slotted]]] = field(default_factory=OrderedDict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, plan: Plan, x: Any, y: Any, address: int, stream: Any, make: Callable[[], Call]) -> None:
+        """Launch what was made for a call like this one, or make it; ``address`` is the stream's."""
+        memory = Memory(x), Memory(y)
+        key = (
+            id(plan), x.strides, y.strides, *(of.address % ptx.VECTOR_BYTES for of in memory), address,
+            threading.get_ident(),
+        )  # fmt: skip
+        with self.lock:
+            found = self.calls.get(key)
+            if found is not None:
+                self.calls.move_to_end(key)
+        if found is None:
+            call = make()
+            # The plan is held, so that no other one gets its id.
+            found = plan, [step.kept(call.x, call.y) for step in call.steps]
+            with self.lock:
+                self.calls[key] = found
+                if len(self.calls) > _CALLS:
+                    self.calls.popitem(last=False)
+        for launched in found[1]:
+            launched.launch(stream, memory)
+
+
+def in_place(array: Any) -> bool:
+    """Whether kernels read or write the array where it is, whatever call it comes with."""
+    return launch.resident(array) and array.size > 0 and all(step % array.itemsize == 0 for step in array.strides)
