@@ -8,6 +8,7 @@ No GPU has run this yet: it runs when asked for by name, and ``explain`` says so
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,8 +26,6 @@ EXPERIMENTAL = True
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 # Channels of a group. With more of either, x is read again and again: that is work for a matrix product.
 _INPUTS, _OUTPUTS = 5, 32
-# Taps of one axis, and table entries: what the kernel counts in 32 bits, less what a tile may add.
-_MOST = 2**30
 
 unavailable = launch.unavailable
 pack_key = direct.pack_key
@@ -49,11 +48,13 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
                 f"is for up to {most} channels {what} per group; got {count}; use backend='numba_cuda.direct' or "
                 "'numba_cuda.implicit_gemm'"
             )
-    entries = max((part.problem.table_bytes() // 8 for part in direct.parts(problem)), default=0)
-    if not depthwise_shape.arithmetic(problem) and entries > _MOST:
-        reasons.append(f"counts up to {_MOST} table entries; got {entries}; use backend='numba_cuda.direct'")
-    if max(problem.KH, problem.KW) > _MOST:
-        reasons.append(f"counts up to {_MOST} taps of an axis; got {problem.KH}×{problem.KW}")
+    lowered = direct.parts(problem)
+    entries = [part.problem.table_bytes() // 8 for part in lowered if not depthwise_shape.arithmetic(part.problem)]
+    extents = max(max(problem.x_shape[1:]), max(problem.y_shape[1:]), problem.KH, problem.KW)
+    image = max(math.prod(part.problem.y_shape[1:]) for part in lowered) if lowered else 0
+    for what, count in (("extents", extents), ("results of one image", image), ("table entries", max(entries, default=0))):
+        if count > depthwise_shape.MOST:
+            reasons.append(f"counts {what} up to {depthwise_shape.MOST}; got {count}; use backend='numba_cuda.direct'")
     return reasons
 
 
@@ -72,9 +73,8 @@ def _told(lowered: tuple[direct.Part, ...]) -> str:
     if not lowered:
         return "nothing to compute"
     problem = lowered[-1].problem
-    side = depthwise_shape.SIDE if problem.layout == "NHWC" and problem.groups > 1 else 1
-    made = depthwise_shape.block(problem, side) or depthwise_shape.block(problem, 1)
-    assert made is not None, "the smallest block fits always"
+    made = depthwise_shape.block(problem, depthwise_shape.side_of(problem, problem.layout == "NHWC"))
+    assert made is not None
     told = f"a thread makes {made.shape}, a block {made.threads_h}×{made.threads_w} of these for {made.groups} group(s)"
     return told + (f", {len(lowered)} launches" if len(lowered) > 1 else "")
 

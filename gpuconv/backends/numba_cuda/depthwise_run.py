@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from gpuconv import dtypes
-from gpuconv.backends.numba_cuda import depthwise_kernel, depthwise_shape, launch, ptx
-from gpuconv.backends.numba_cuda.depthwise_shape import SIDE, Block, Shape
+from gpuconv.backends.numba_cuda import depthwise_kernel, depthwise_loads, depthwise_shape, launch, ptx
+from gpuconv.backends.numba_cuda.depthwise_shape import Block, Shape
+from gpuconv.backends.numba_cuda.implicit_gemm_run import from_image
 from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.problem import Conv2dProblem
 
@@ -26,59 +27,59 @@ def kernel(shape: Shape, dtype: str, reader: str, load: str, vectors: bool) -> A
 def run(problem: Conv2dProblem, x: Flat, k: Flat, y: Flat, bias: Any, has_bias: bool, like: Any, stream: Any) -> Any:
     """Make y of x and k by a forward ``problem``; returns the table that the kernel uses until it has run."""
     made = block_of(problem, x, y)
-    tables, rows, columns = _reads(problem, like, stream)
-    function = kernel(
-        made.shape, problem.x_dtype, reader_of(problem), load_of(problem, made, x), in_vectors(problem, made, y)
-    )
-    grid = min(tiles(problem, made), launch.MAX_GRID_X)
-    if grid == 0:
-        return tables
+    load = load_of(problem, made, x)
+    function = kernel(made.shape, problem.x_dtype, reader_of(problem), load, in_vectors(problem, made, y))
+    tables, reads = _reads(problem, made, like, stream)
     C, O = problem.C // problem.groups, problem.O // problem.groups
-    function[grid, made.threads, stream, made.shared_bytes](
-        x.vector, *map(_wide, (x.offset, *x.strides)),
-        k.vector, *map(_wide, (k.offset, *k.strides)),
-        bias, has_bias, problem.activation == "relu",
-        y.vector, *map(_wide, (y.offset, *y.strides)),
-        tables, *map(_wide, (*rows, *columns)),
-        *map(_wide, (problem.N, C, O, problem.H, problem.W)), *map(_narrow, (problem.KH, problem.KW)),
-        *map(_wide, (problem.OH, problem.OW, problem.groups)),
-        dtypes.numpy_dtype(problem.sum_dtype).type(problem.fill),
-        *map(_narrow, block_arguments(made)),
-    )  # fmt: skip
+    sizes = C, O, problem.H, problem.W, problem.KH, problem.KW, problem.OH, problem.OW, problem.groups
+    fill = dtypes.numpy_dtype(problem.sum_dtype).type(problem.fill)
+    most = depthwise_shape.MOST // max(made.tiles(problem), 1)  # images
+    for image in range(0, problem.N, most):
+        tiles = min(most, problem.N - image) * made.tiles(problem)
+        grid = min(tiles, launch.MAX_GRID_X), made.threads, stream, made.shared_bytes
+        function[*grid](
+            *_view(from_image(x, image)), *_view(k), bias, has_bias, problem.activation == "relu",
+            *_view(from_image(y, image)), *map(_narrow, sizes), fill,
+            tables, *reads, *map(_narrow, numbers(problem, made, load, tiles)),
+        )  # fmt: skip
     return tables
 
 
-def block_arguments(made: Block) -> tuple[int, ...]:
-    """The last arguments of the kernel, all of 32 bits."""
+def _view(flat: Flat) -> tuple[Any, ...]:
+    """The kernel arguments of an operand."""
+    return (flat.vector, *map(_wide, (flat.offset, *flat.strides)))
+
+
+def numbers(problem: Conv2dProblem, made: Block, load: str, tiles: int) -> tuple[int, ...]:
+    """The last arguments of the kernel, from ``tiles`` on."""
+    shape, side, rows, columns = made.shape, made.shape.side, made.rows, made.columns
+    near = shape.stride is not None
+    lead = -problem.padding[1][0] % (ptx.VECTOR_BYTES // dtypes.itemsize(problem.x_dtype))
+    lead = lead if load == "along_columns" else 0
+    units, at_a_time = depthwise_loads.units_of(load, problem.x_dtype, made.threads, lead, columns.entries)
+    plane = made.taps_h * made.taps_w
+    x_tap = columns.local_inner * side
     return (
-        made.groups, made.threads_h, made.threads_w, made.taps_h, made.taps_w, made.image,
-        made.rows.entries, made.rows.run, made.rows.step, made.rows.local_outer, made.rows.local_inner,
-        made.columns.entries, made.columns.run, made.columns.step, made.columns.local_outer, made.columns.local_inner,
-        made.pitch,
+        tiles, *made.shares(problem)[:4], made.threads_h * shape.rows, made.threads_w * shape.columns,
+        made.groups, made.threads_h, made.threads_w, made.taps_h, made.taps_w, 1 if near else made.threads_w,
+        rows.entries, columns.entries, made.pitch,
+        lead, units, at_a_time % units, at_a_time // units % rows.entries, at_a_time // units // rows.entries,
+        rows.entries * made.pitch if side == 1 else 1,
+        shape.rows * rows.local_outer * made.pitch * side,
+        (shape.placed(shape.columns * columns.local_outer) if near else columns.local_outer) * side,
+        (1 if near else rows.local_inner) * made.pitch * side,
+        made.threads_w * columns.local_outer * side, x_tap,
+        shape.placed(shape.taps) * side if near else shape.taps * x_tap,
+        made.image, made.groups * shape.outputs * plane, shape.outputs * plane if side == 1 else 1,
+        plane * side, made.taps_w * side,
     )  # fmt: skip
-
-
-def tiles(problem: Conv2dProblem, made: Block) -> int:
-    """Tiles that make up the result."""
-    shape = made.shape
-    extents = (
-        (problem.OH, made.threads_h * shape.rows), (problem.OW, made.threads_w * shape.columns),
-        (problem.groups, made.groups), (problem.O // problem.groups, shape.outputs),
-    )  # fmt: skip
-    count = problem.N
-    for extent, share in extents:
-        count *= -(-extent // share)
-    return count
 
 
 def block_of(problem: Conv2dProblem, x: Flat, y: Flat) -> Block:
     """The block, by what is contiguous in memory: groups, or rows."""
-    if problem.groups > 1 and 0 < abs(x.strides[1]) < abs(x.strides[4]) and abs(y.strides[1]) < abs(y.strides[4]):
-        made = depthwise_shape.block(problem, SIDE)
-        if made is not None:
-            return made
-    made = depthwise_shape.block(problem, 1)
-    assert made is not None, "the smallest block fits always"
+    channels_last = all(0 < abs(flat.strides[1]) < abs(flat.strides[4]) for flat in (x, y))
+    made = depthwise_shape.block(problem, depthwise_shape.side_of(problem, channels_last))
+    assert made is not None
     return made
 
 
@@ -113,18 +114,19 @@ def _aligned(dtype: str, flat: Flat, steps: tuple[int, ...]) -> bool:
     return all(place % ptx.VECTOR_BYTES == 0 for place in places)
 
 
-def _reads(problem: Conv2dProblem, like: Any, stream: Any) -> tuple[Any, list[int], list[int]]:
-    """The table, of rows and then columns, or 0; and of both where the first output begins, the two steps, the last."""
+def _reads(problem: Conv2dProblem, made: Block, like: Any, stream: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The table, of rows and then columns, or a number where none is read, and how a tile reads each axis."""
+    axes = zip((made.rows, made.columns), depthwise_shape.steps_of(problem), strict=True)
+    steps = [(outer, inner, axis.run, axis.step) for axis, (outer, inner) in axes]
     if depthwise_shape.arithmetic(problem):
-        axes = zip(problem.padding, problem.stride, problem.dilation, strict=True)
-        rows, columns = ([-low, stride, dilation, 0] for (low, _), stride, dilation in axes)
-        return _wide(0), rows, columns
-    row_table, column_table = problem.tables()
-    joined = np.concatenate([row_table.index, column_table.index])
-    start, stop = len(row_table.index), len(joined)
-    tables = launch.vector(like, joined, np.dtype(np.int64), 1, stream)
-    return (
-        tables,
-        [0, row_table.outer, row_table.inner, start - 1],
-        [start, column_table.outer, column_table.inner, stop - 1],
+        tables, ends = _narrow(0), [(-low, 0) for low, _ in problem.padding]
+    else:
+        joined = np.concatenate([table.index for table in problem.tables()])
+        start = len(problem.tables()[0].index)
+        tables, ends = launch.vector(like, joined, np.dtype(np.int64), 1, stream), [(0, start - 1), (start, len(joined) - 1)]
+    number = _wide if made.shape.stride is None else _narrow
+    return tables, tuple(
+        number(value)
+        for (first, last), (outer, inner, run, step) in zip(ends, steps, strict=True)
+        for value in (first, outer, inner, last, run, step)
     )

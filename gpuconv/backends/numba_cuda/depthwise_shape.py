@@ -6,6 +6,7 @@ tile of the image and the weights of some taps, both in shared memory.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,9 +21,12 @@ TAPS = 8
 _ROW = 64
 # Products in one running sum. Where there are more, those of a row's (up to) TAPS are summed by themselves.
 _SUM = 256
-# Groups that lie side by side in shared memory where channels do in memory: one for each thread of a warp.
+# Groups that lie side by side in shared memory where channels do in memory: one for each thread of a warp. With less
+# than half as many, most of a warp would have none.
 SIDE = 32
 THREADS = 128
+# Extents, tiles and table entries: what the kernel counts in 32 bits, less what a tile may add.
+MOST = 2**28
 _THREADS_SIDE = 256
 # Entries of a row of the image after which one word is skipped, at most.
 _SKEW = 8
@@ -45,6 +49,11 @@ class Shape:
     def sums(self) -> int:
         """Sums of a thread."""
         return self.outputs * self.rows * self.columns
+
+    @property
+    def reach(self) -> int:
+        """Rows of the image from the first window of a thread's first row to that of its last."""
+        return (self.rows - 1) * self.stride[0] if self.stride is not None else 0
 
     @property
     def skew(self) -> int:
@@ -85,7 +94,8 @@ class Axis:
         """The shorter of the two; where the kernel relies on its stride (``near``), positions."""
         positions = (outputs - 1) * outer + (taps - 1) * inner + 1
         if near or positions <= outputs * taps:
-            return cls(2**30, 1, outer, inner, positions)
+            # Steps that are not taken may be larger than 32 bits hold.
+            return cls(2**30, 1, outer if outputs > 1 else 0, inner if taps > 1 else 0, positions)
         return cls(taps, inner, taps, 1, outputs * taps)
 
 
@@ -123,6 +133,19 @@ class Block:
         """Shared memory of the block."""
         return self.itemsize * (self.image + self.groups * self.shape.outputs * self.taps_h * self.taps_w)
 
+    def shares(self, problem: Conv2dProblem) -> tuple[int, int, int, int]:
+        """Tiles that make up a result: of groups, of output channels of a group, of rows and of columns."""
+        return (
+            -(-problem.groups // self.groups),
+            -(-(problem.O // problem.groups) // self.shape.outputs),
+            -(-problem.OH // (self.threads_h * self.shape.rows)),
+            -(-problem.OW // (self.threads_w * self.shape.columns)),
+        )
+
+    def tiles(self, problem: Conv2dProblem) -> int:
+        """Tiles that make up one image of a result."""
+        return math.prod(self.shares(problem))
+
 
 def even(extent: int, most: int) -> int:
     """``extent`` in even shares of at most ``most``."""
@@ -146,9 +169,16 @@ def arithmetic(problem: Conv2dProblem) -> bool:
     return problem.padding_mode == "constant"
 
 
+def side_of(problem: Conv2dProblem, channels_last: bool) -> int:
+    """How many groups lie side by side in shared memory, where channels do in memory or not."""
+    side = SIDE if channels_last and problem.groups >= SIDE // 2 else 1
+    return side if block(problem, side) is not None else 1
+
+
 @lru_cache(maxsize=256)
 def block(problem: Conv2dProblem, side: int) -> Block | None:
-    """The block for a forward ``problem`` with ``side`` groups side by side; None where those fit no shared memory.
+    """The block for a forward ``problem`` with ``side`` groups side by side; None where these fit no shared memory, as
+    one group always does.
 
     In which order a sum is made depends on the extents of the kernel and the channels of a group alone. Rules of thumb,
     not measured on a GPU yet.

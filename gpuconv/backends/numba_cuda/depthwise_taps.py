@@ -25,8 +25,8 @@ def multiply_row(shape: Shape, taps: int) -> Callable[..., None]:
 
     ``at_x`` is where the thread's window of the row begins in ``shared``, ``at_k`` the weight (0, 0, q) of its first
     tap; weights are ``plane`` elements apart from output to output and ``pitch`` from row to row. The row is the
-    thread's ``step``-th, and there are weights for ``count`` of them. ``column_step`` and ``tap_step`` are used where
-    the shape has no stride of its own.
+    thread's ``step``-th, and there are weights for ``count`` of them. ``column_step`` and ``tap_step`` are elements of
+    the window from column to column and tap to tap, used where the shape has no stride of its own.
     """
     side, near = shape.side, shape.stride is not None
     down, across = shape.stride or (0, 0)
@@ -43,7 +43,7 @@ def multiply_row(shape: Shape, taps: int) -> Callable[..., None]:
             own, memory = elements(sums).reshape(shape.outputs, shape.rows, shape.columns), elements(shared)
             kind = memory.dtype.type
             places = [
-                [at_x + (entry(b, q) if near else (b * column_step + q * tap_step) * side) for q in range(taps)]
+                [at_x + (entry(b, q) if near else b * column_step + q * tap_step) for q in range(taps)]
                 for b in range(shape.columns)
             ]
             window = memory[np.array(places)]
@@ -96,7 +96,7 @@ def multiply_row(shape: Shape, taps: int) -> Callable[..., None]:
                             read[place] = load(x, i32(place))
                         window[b, q] = read[place]
                     else:
-                        window[b, q] = load(x, times(column, b * side), times(tap, q * side))
+                        window[b, q] = load(x, times(column, b), times(tap, q))
             for a in range(shape.rows):
                 p = builder.sub(step, i32(a * down))
                 with builder.if_then(builder.icmp_unsigned("<", p, count)):
