@@ -84,6 +84,32 @@ class Configuration:
     arguments: tuple[Any, ...]  # their Numba types
     threads: int
     registers: int | None  # that a thread may use
+    shared: int = 0  # bytes that the launch asks for, beside what the kernel declares
+
+
+def depthwise(line: str, load: str, reader: str = "inside") -> Configuration:
+    """What ``numba_cuda.depthwise`` makes of a problem whose image it reads in one of its ways."""
+    from numba.cuda import types
+
+    from gpuconv.backends.numba_cuda import convert, depthwise_kernel, depthwise_shape
+    from gpuconv.problem import Conv2dProblem
+
+    problem = Conv2dProblem.parse(line)
+    across, vectors = load.startswith("across"), load == "along_columns"
+    block = depthwise_shape.block(problem, depthwise_shape.SIDE if across else 1)
+    if block is None:
+        raise ValueError(f"{line}: its groups fit no shared memory side by side")
+    element, number = convert.numba_type(problem.x_dtype), convert.numba_type(problem.sum_dtype)
+    wide, narrow = types.int64, types.int32
+    view = types.Array(element, 1, "C"), *[wide] * 6
+    table = narrow if reader == "inside" else types.Array(wide, 1, "C")
+    arguments = (
+        *(*view, *view, types.Array(number, 1, "C"), types.boolean, types.boolean, *view),
+        *(*[narrow] * 9, number, table, *[narrow if block.shape.stride else wide] * 12, *[narrow] * 33),
+    )
+    body = depthwise_kernel.build(block.shape, problem.x_dtype, reader, load, vectors)
+    name = f"{problem.x_dtype} {problem.KH}×{problem.KW}, {block.shape} {load}"
+    return Configuration("depthwise", name, body, arguments, block.threads, None, block.shared_bytes)
 
 
 def implicit_gemm(dtype: str, tile: Any, gather: str, scatter: str) -> Configuration:
@@ -130,14 +156,29 @@ def implicit_gemm_mma(way: str, dtype: str, y_dtype: str) -> Configuration:
 # What each element type is multiplied as on tensor cores.
 WAYS = {"float32": ("3xtf32", "tf32"), "float16": ("float16",), "bfloat16": ("bfloat16",)}
 
+# Networks' depthwise layers, and image filters of one channel and of several; the ways that NCHW and NHWC take.
+FILTERS = (
+    *(("n64c128h56w56_o128kh3kw3_p1g128_", load) for load in ("along_columns", "across_groups_in_vectors")),
+    ("n64c128h56w56_o128kh3kw3_s2p1g128_", "along_columns"),
+    ("n64c96h56w56_o96kh7kw7_p3g96_", "along_columns"),
+    ("n1c1h2048w2048_o1kh31kw31_p15_", "along_columns"),
+    ("n1c3h1024w1024_o8kh5kw5_p2_", "along_columns"),
+    ("n64c128h56w56_o128kh3kw3_d2p2g128_", "by_element"),
+)
+
 # How x is read and y written: NCHW, NHWC, and sums over the batch, which leave parts.
 PATHS = (("across_pixels", "one_by_one"), ("along_channels", "along_outputs"), ("mixed", "along_pixels"))
 
 
 def configurations(dtype: str) -> Iterator[Configuration]:
     """The specialisations that the layers of a network use."""
+    from gpuconv import dtypes
+    from gpuconv.backends.numba_cuda import depthwise as filters
     from gpuconv.backends.numba_cuda import tiles
 
+    if dtype in filters.DTYPES:
+        for line, load in FILTERS:
+            yield depthwise(line + dtypes.CODES[dtype], load)
     for tile in tiles.TILES.get(dtype, ()):
         for gather, scatter in PATHS:
             yield implicit_gemm(dtype, tile, gather, scatter)
@@ -156,14 +197,15 @@ def show_configurations(found: Iterable[Configuration], console: Console) -> Non
         for cc in ARCHITECTURES:
             figures = machine_code.assembled(library, cc, configuration.registers)
             processor = MULTIPROCESSORS[cc]
-            warps = processor.warps(configuration.threads, figures.registers, figures.shared)
+            shared = figures.shared + configuration.shared
+            warps = processor.warps(configuration.threads, figures.registers, shared)
             table.add_row(
                 configuration.kernel,
                 configuration.name,
                 f"{cc[0]}{cc[1]}",
                 str(figures.registers),
                 f"{figures.stack}+{figures.spills}",
-                str(figures.shared),
+                str(shared),
                 f"{warps} of {processor.threads // 32}",
                 " ".join(f"{name}:{count}" for name, count in sorted(figures.instructions.items())),
             )
@@ -172,7 +214,7 @@ def show_configurations(found: Iterable[Configuration], console: Console) -> Non
 
 def show_layers(rows: Iterable[Row], device: Device, console: Console) -> None:
     """Print each layer's floor on ``device``, and how the kernels above would cut it up."""
-    from gpuconv.backends.numba_cuda import implicit_gemm, implicit_gemm_mma
+    from gpuconv.backends.numba_cuda import depthwise, implicit_gemm, implicit_gemm_mma
 
     table = Table(title=f"least times on {device.name}")
     for column in ("suite", "layer", "GFLOP", "FLOP/B", "floor, µs", "set by", "configuration"):
@@ -180,8 +222,10 @@ def show_layers(rows: Iterable[Row], device: Device, console: Console) -> None:
     for row in rows:
         seconds, what = device.floor(row)
         problem = row.problem
-        chosen = implicit_gemm if problem.sum_dtype == problem.x_dtype else implicit_gemm_mma
-        plan = chosen.plan(problem, Target("cuda"), 2**28)
+        target = Target("cuda")
+        chosen: Any = implicit_gemm if problem.sum_dtype == problem.x_dtype else implicit_gemm_mma
+        chosen = chosen if depthwise.unsupported(problem, target) else depthwise
+        plan = chosen.plan(problem, target, 2**28)
         intensity = problem.flops / problem.bytes
         figures = f"{problem.flops / 1e9:.3g}", f"{intensity:.3g}", f"{seconds * 1e6:.3g}"
         table.add_row(row.suite, row.name, *figures, what, plan.detail)

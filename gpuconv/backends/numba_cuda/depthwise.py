@@ -23,7 +23,7 @@ ARRAYS = "any"
 OPS = frozenset(("forward", "input_grad"))
 EXPERIMENTAL = True
 
-_DTYPES = ("float32", "float64", "float16", "bfloat16")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 # Channels of a group. With more of either, x is read again and again: that is work for a matrix product.
 _INPUTS, _OUTPUTS = 5, 32
 
@@ -36,9 +36,9 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     """Other element types, more channels in a group, and kernels or tables longer than 32 bits can count."""
     reasons = []
     kinds = (problem.x_dtype, problem.k_dtype, problem.y_dtype)
-    if kinds not in ((name,) * 3 for name in _DTYPES):
+    if kinds not in ((name,) * 3 for name in DTYPES):
         got = " × ".join(kinds[:2]) + f" → {kinds[2]}"
-        reasons.append(f"takes {', '.join(_DTYPES)}, all operands alike; got {got}; convert them")
+        reasons.append(f"takes {', '.join(DTYPES)}, all operands alike; got {got}; convert them")
     inputs, outputs = problem.C // problem.groups, problem.O // problem.groups
     if problem.op == "input_grad":
         inputs, outputs = outputs, inputs

@@ -26,7 +26,7 @@ def kernel(shape: Shape, dtype: str, reader: str, load: str, vectors: bool) -> A
 
 def run(problem: Conv2dProblem, x: Flat, k: Flat, y: Flat, bias: Any, has_bias: bool, like: Any, stream: Any) -> Any:
     """Make y of x and k by a forward ``problem``; returns the table that the kernel uses until it has run."""
-    made = block_of(problem, x, y)
+    made = block_of(problem, x)
     load = load_of(problem, made, x)
     function = kernel(made.shape, problem.x_dtype, reader_of(problem), load, in_vectors(problem, made, y))
     tables, reads = _reads(problem, made, like, stream)
@@ -75,9 +75,9 @@ def numbers(problem: Conv2dProblem, made: Block, load: str, tiles: int) -> tuple
     )  # fmt: skip
 
 
-def block_of(problem: Conv2dProblem, x: Flat, y: Flat) -> Block:
-    """The block, by what is contiguous in memory: groups, or rows."""
-    channels_last = all(0 < abs(flat.strides[1]) < abs(flat.strides[4]) for flat in (x, y))
+def block_of(problem: Conv2dProblem, x: Flat) -> Block:
+    """The block, by what of x is contiguous in memory: groups, or rows."""
+    channels_last = 0 < abs(x.strides[1]) < abs(x.strides[4])
     made = depthwise_shape.block(problem, depthwise_shape.side_of(problem, channels_last))
     assert made is not None
     return made

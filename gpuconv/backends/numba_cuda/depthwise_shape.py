@@ -17,17 +17,18 @@ from gpuconv.problem import Conv2dProblem
 
 # Taps of a row that are multiplied in straight-line code; a longer row is several of them and a rest.
 TAPS = 8
-# Taps of a row for which weights and image are in shared memory at a time.
-_ROW = 64
+# Taps of a row and of a column for which weights and image are in shared memory at a time, at most.
+ROW, COLUMN = 64, 16
 # Products in one running sum. Where there are more, those of a row's (up to) TAPS are summed by themselves.
 _SUM = 256
 # Groups that lie side by side in shared memory where channels do in memory: one for each thread of a warp. With less
 # than half as many, most of a warp would have none.
 SIDE = 32
-THREADS = 128
+# Threads of a block, at most, and of those side by side; threads where groups are side by side.
+THREADS, ACROSS = 128, 32
+THREADS_SIDE = 256
 # Extents, tiles and table entries: what the kernel counts in 32 bits, less what a tile may add.
 MOST = 2**28
-_THREADS_SIDE = 256
 # Entries of a row of the image after which one word is skipped, at most.
 _SKEW = 8
 
@@ -71,7 +72,7 @@ class Shape:
 
     def __str__(self) -> str:
         steps = "any steps" if self.stride is None else "stride {}×{}".format(*self.stride)
-        return f"{self.outputs} outputs × {self.rows} rows × {self.columns} columns, {steps}"
+        return f"{self.outputs}×{self.rows}×{self.columns} channels, rows and columns, {steps}"
 
 
 @dataclass(frozen=True)
@@ -202,11 +203,11 @@ def block(problem: Conv2dProblem, side: int) -> Block | None:
         outputs, rows, columns, (outer_h, outer_w) if near else None, taps, problem.KW % taps,
         C * problem.KH * problem.KW > _SUM, side,
     )  # fmt: skip
-    most = _THREADS_SIDE // side if side > 1 else THREADS
-    threads_w = even(-(-problem.OW // columns), 32 if side == 1 else 2)
+    most = THREADS_SIDE // side if side > 1 else THREADS
+    threads_w = even(-(-problem.OW // columns), ACROSS if side == 1 else 2)
     threads_h = even(-(-problem.OH // rows), max(most // threads_w, 1))
     groups = side if side > 1 else min(problem.groups, most // (threads_w * threads_h))
-    taps_h, taps_w = problem.KH, min(problem.KW, _ROW)
+    taps_h, taps_w = even(problem.KH, COLUMN), min(problem.KW, ROW)
     itemsize = dtypes.itemsize(problem.sum_dtype)
     while True:
         made = Block(
