@@ -87,6 +87,31 @@ class Configuration:
     dynamic: int = 0  # bytes of shared memory that a launch asks for, beyond what the machine code says
 
 
+def depthwise(line: str, load: str, reader: str = "inside") -> Configuration:
+    """What ``numba_cuda.depthwise`` makes of a problem whose image it reads in one of its ways."""
+    from numba.cuda import types
+
+    from gpuconv.backends.numba_cuda import convert, depthwise_kernel, depthwise_shape
+    from gpuconv.problem import Conv2dProblem
+
+    problem = Conv2dProblem.parse(line)
+    across, vectors = load.startswith("across"), load == "along_columns"
+    block = depthwise_shape.block(problem, depthwise_shape.SIDE if across else 1)
+    if block is None:
+        raise ValueError(f"{line}: its groups fit no shared memory side by side")
+    element, number = convert.numba_type(problem.x_dtype), convert.numba_type(problem.sum_dtype)
+    wide, narrow = types.int64, types.int32
+    view = types.Array(element, 1, "C"), *[wide] * 6
+    table = narrow if reader == "inside" else types.Array(wide, 1, "C")
+    arguments = (
+        *(*view, *view, types.Array(number, 1, "C"), types.boolean, types.boolean, *view),
+        *(*[narrow] * 9, number, table, *[narrow if block.shape.stride else wide] * 12, *[narrow] * 33),
+    )
+    body = depthwise_kernel.build(block.shape, problem.x_dtype, reader, load, vectors)
+    name = f"{problem.x_dtype} {problem.KH}×{problem.KW}, {block.shape} {load}"
+    return Configuration("depthwise", name, body, arguments, block.threads, None, block.shared_bytes)
+
+
 def implicit_gemm(dtype: str, tile: Any, gather: str, scatter: str) -> Configuration:
     """A specialisation of ``numba_cuda.implicit_gemm``."""
     from numba.cuda import types
@@ -131,14 +156,29 @@ def implicit_gemm_mma(tile: Any, way: str, dtype: str, y_dtype: str) -> Configur
 # What each element type is multiplied as on tensor cores.
 WAYS = {"float32": ("3xtf32", "tf32"), "float16": ("float16",), "bfloat16": ("bfloat16",)}
 
+# Networks' depthwise layers, and image filters of one channel and of several; the ways that NCHW and NHWC take.
+FILTERS = (
+    *(("n64c128h56w56_o128kh3kw3_p1g128_", load) for load in ("along_columns", "across_groups_in_vectors")),
+    ("n64c128h56w56_o128kh3kw3_s2p1g128_", "along_columns"),
+    ("n64c96h56w56_o96kh7kw7_p3g96_", "along_columns"),
+    ("n1c1h2048w2048_o1kh31kw31_p15_", "along_columns"),
+    ("n1c3h1024w1024_o8kh5kw5_p2_", "along_columns"),
+    ("n64c128h56w56_o128kh3kw3_d2p2g128_", "by_element"),
+)
+
 # How x is read and y written: NCHW, NHWC, and sums over the batch, which leave parts.
 PATHS = (("across_pixels", "one_by_one"), ("along_channels", "along_outputs"), ("mixed", "along_pixels"))
 
 
 def configurations(dtype: str) -> Iterator[Configuration]:
     """The specialisations that the layers of a network use."""
+    from gpuconv import dtypes
+    from gpuconv.backends.numba_cuda import depthwise as filters
     from gpuconv.backends.numba_cuda import tensor_tile, tiles
 
+    if dtype in filters.DTYPES:
+        for line, load in FILTERS:
+            yield depthwise(line + dtypes.CODES[dtype], load)
     for tile in tiles.TILES.get(dtype, ()):
         for gather, scatter in PATHS:
             yield implicit_gemm(dtype, tile, gather, scatter)
@@ -175,7 +215,7 @@ def show_configurations(found: Iterable[Configuration], console: Console) -> Non
 
 def show_layers(rows: Iterable[Row], device: Device, console: Console) -> None:
     """Print each layer's floor on ``device``, and how the kernels above would cut it up."""
-    from gpuconv.backends.numba_cuda import gpus, implicit_gemm, implicit_gemm_mma
+    from gpuconv.backends.numba_cuda import depthwise, gpus, implicit_gemm, implicit_gemm_mma
 
     target = Target("cuda", gpu=gpus.KNOWN[next(key for key, known in DEVICES.items() if known is device)])
     table = Table(title=f"least times on {device.name}")
@@ -184,7 +224,8 @@ def show_layers(rows: Iterable[Row], device: Device, console: Console) -> None:
     for row in rows:
         seconds, what = device.floor(row)
         problem = row.problem
-        chosen = implicit_gemm if problem.sum_dtype == problem.x_dtype else implicit_gemm_mma
+        chosen: Any = implicit_gemm if problem.sum_dtype == problem.x_dtype else implicit_gemm_mma
+        chosen = chosen if depthwise.unsupported(problem, target) else depthwise
         plan = chosen.plan(problem, target, 2**28)
         intensity = problem.flops / problem.bytes
         figures = f"{problem.flops / 1e9:.3g}", f"{intensity:.3g}", f"{seconds * 1e6:.3g}"

@@ -24,6 +24,7 @@ TABLE = (
     "cupy.gemm",
     "cupy.patches",
     "numba_cuda.direct",
+    "numba_cuda.depthwise",
     "numba_cuda.implicit_gemm",
     "numba_cuda.implicit_gemm_mma",
     "numba_cuda.patches",

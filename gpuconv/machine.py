@@ -197,6 +197,8 @@ def clear() -> None:
     quick.clear()
     kernels = {
         "direct": ("kernel",),
+        "depthwise_shape": ("block",),
+        "depthwise_run": ("kernel",),
         "patches": ("kernel",),
         "implicit_gemm_run": ("kernel", "packer", "adder"),
         "implicit_gemm_mma_run": ("kernel", "turner"),

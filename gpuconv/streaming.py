@@ -44,7 +44,7 @@ _RING = 256 << 20  # bytes of all slots, at most: larger pieces make do with two
 _OPS = ("forward", "input_grad", "unfold", "fold")
 # Implementations whose sums do not depend on how many rows they make at a time, so that an image may be cut; and
 # cuBLAS, of which nobody expects the same bits.
-_BY_ROWS = ("cupy.gemm", "numba_cuda.direct")
+_BY_ROWS = ("cupy.gemm", "numba_cuda.direct", "numba_cuda.depthwise")
 
 
 class Lanes(Protocol):

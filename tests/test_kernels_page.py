@@ -40,7 +40,11 @@ def test_every_constant_is_that_of_the_code():
     assert f"each of {pixels_kernel.PIXELS[512][4]} pixels of a tile (with 4 vectors)" in TEXT
     assert f"{tiles.WIDE.outputs} output channels × {tiles.WIDE.pixels} pixels, {tiles.WIDE.rows} × 8 sums" in TEXT
     words = " ".join(TEXT.split())
-    assert f"{tensor_shape.OUTPUTS} output channels × {tensor_shape.PIXELS} pixels with {tensor_shape.STAGES}" in words
+    found = tensor_shape.TILES
+    stages = f"{min(tile.stages for tile in found)} to {max(tile.stages for tile in found)}"
+    largest = max(found, key=lambda tile: tile.outputs * tile.pixels)
+    assert len(found) == 10 and "one of ten tiles" in words
+    assert f"up to {largest.outputs} output channels × {largest.pixels} pixels with {stages} slices" in words
 
 
 def test_every_convolution_of_the_table_is_explained():

@@ -40,14 +40,20 @@ def load_vector(lanes: int) -> Callable[..., None]:
     from numba.cuda import types
     from numba.cuda.extending import intrinsic
 
+    i32 = ir.IntType(32)
+
     @intrinsic  # type: ignore[untyped-decorator]
     def load(context: Any, values: Any, first: Any, array: Any, at: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             own, vector = _addresses(context, builder, signature, arguments, lanes)
             value = builder.load(vector, align=VECTOR_BYTES)
-            for lane in range(lanes):
-                place = ir.Constant(ir.IntType(32), lane)
-                builder.store(builder.extract_element(value, place), builder.gep(own, [place]))
+            found = [builder.extract_element(value, i32(index)) for index in range(vector.type.pointee.count)]
+            if len(found) < lanes:
+                element = context.get_data_type(values.dtype)
+                words = [(word, builder.lshr(word, i32(16))) for word in found]
+                found = [builder.bitcast(builder.trunc(half, ir.IntType(16)), element) for w in words for half in w]
+            for lane, number in enumerate(found):
+                builder.store(number, builder.gep(own, [i32(lane)]))
 
         return types.void(values, types.int64, array, types.int64), codegen
 
@@ -73,14 +79,20 @@ def store_vector(lanes: int) -> Callable[..., None]:
     from numba.cuda import types
     from numba.cuda.extending import intrinsic
 
+    i32 = ir.IntType(32)
+
     @intrinsic  # type: ignore[untyped-decorator]
     def store(context: Any, values: Any, first: Any, array: Any, at: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             own, vector = _addresses(context, builder, signature, arguments, lanes)
+            numbers = [builder.load(builder.gep(own, [i32(lane)])) for lane in range(lanes)]
+            if vector.type.pointee.count < lanes:
+                halves = [builder.zext(builder.bitcast(number, ir.IntType(16)), i32) for number in numbers]
+                pairs = zip(halves[::2], halves[1::2], strict=True)
+                numbers = [builder.or_(low, builder.shl(high, i32(16))) for low, high in pairs]
             value = ir.Constant(vector.type.pointee, ir.Undefined)
-            for lane in range(lanes):
-                place = ir.Constant(ir.IntType(32), lane)
-                value = builder.insert_element(value, builder.load(builder.gep(own, [place])), place)
+            for index, number in enumerate(numbers):
+                value = builder.insert_element(value, number, i32(index))
             builder.store(value, vector, align=VECTOR_BYTES)
 
         return types.void(values, types.int64, array, types.int64), codegen
@@ -89,13 +101,18 @@ def store_vector(lanes: int) -> Callable[..., None]:
 
 
 def _addresses(context: Any, builder: Any, signature: Any, arguments: Any, lanes: int) -> tuple[Any, Any]:
-    """Where the thread's own values begin, and the vector in memory, of (values, first, array, at)."""
+    """Where the thread's own values begin, and the vector in memory, of (values, first, array, at).
+
+    Eight 16-bit numbers are four words: LLVM would move them in two halves.
+    """
     from llvmlite import ir
 
     values_type, _, array_type, _ = signature.args
     values = context.make_array(values_type)(context, builder, arguments[0])
     array = context.make_array(array_type)(context, builder, arguments[2])
     vector = ir.VectorType(context.get_data_type(array_type.dtype), lanes)
+    if lanes > 4:
+        vector = ir.VectorType(ir.IntType(32), 4)
     place = builder.gep(array.data, [arguments[3]])
     return builder.gep(values.data, [arguments[1]]), builder.bitcast(place, ir.PointerType(vector))
 
