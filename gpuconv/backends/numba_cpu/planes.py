@@ -41,6 +41,9 @@ _LINE = 1 << 16
 # past the caches; half of that size stays in the cache, and is written there twice as fast.
 _STREAM = 1 << 24
 
+# Of all arrays: beyond, extents may not be numbers of 64 bits.
+_BYTES = 1 << 62
+
 # The table of arguments.
 X, WEIGHTS, Y, SCRATCH, FINISH, *_ = range(runtime.ARRAYS)
 (
@@ -67,6 +70,8 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
         reasons.append(f"it has one sum for all products, of which there are to be at most {BLOCK}")
     if problem.KH > 1 and problem.dilation[0] > 1:
         reasons.append("it has no dilation of the kernel's rows: outputs below each other would share no line")
+    if problem.bytes >= _BYTES:
+        reasons.append(f"its arrays are larger than any memory, {problem.bytes} bytes")
     if problem.op == "forward" and max(problem.stride) > 2:
         reasons.append("it is for strides of 1 and 2")
     return reasons
