@@ -99,6 +99,12 @@ def once(bound: Any, plan: Plan, operands: Operands, out: Any) -> None:
     ready(operands.x, operands.k, packed, operands.bias, out)
 
 
+def converted(k: Any, dtype: str) -> np.ndarray[Any, Any]:
+    """A dense copy of weights that a kernel reads as they are, in the type of its sums."""
+    with np.errstate(all="ignore"):
+        return np.array(k, dtype, order="C")
+
+
 def lanes_of(problem: Conv2dProblem, target: Target) -> Lanes:
     """The vector registers that the problem's sums are in."""
     dtype = sums_in(problem, target)

@@ -162,12 +162,7 @@ def pack_key(plan: Plan) -> Any:
 
 def pack(plan: Plan, operands: Operands) -> Any:
     """The weights in the type of the sums; they are turned as they are read."""
-    return _converted(operands.k, plan.sums_in)
-
-
-def _converted(k: Any, dtype: str) -> Any:
-    with np.errstate(all="ignore"):
-        return np.array(k, dtype, order="C")
+    return dense.converted(operands.k, plan.sums_in)
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
@@ -221,7 +216,7 @@ class Bound:
         if packed is None:
             packed = k
             if self.copied is not None:
-                packed = _converted(np.lib.stride_tricks.as_strided(k, *self.copied), self.lanes.dtype)
+                packed = dense.converted(np.lib.stride_tricks.as_strided(k, *self.copied), self.lanes.dtype)
         finish = self.finish if bias is None else self._finish(bias)
         self.task(x, packed, out, np.empty(self.scratch, self.lanes.dtype), finish, self.fill)
 

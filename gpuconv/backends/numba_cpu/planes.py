@@ -140,12 +140,7 @@ def pack_key(plan: Plan) -> Any:
 
 def pack(plan: Plan, operands: Operands) -> Any:
     """The weights in the type of the sums, as they are."""
-    return _converted(operands.k, plan.sums_in)
-
-
-def _converted(k: Any, dtype: str) -> Any:
-    with np.errstate(all="ignore"):
-        return np.array(k, dtype, order="C")
+    return dense.converted(operands.k, plan.sums_in)
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
@@ -196,7 +191,7 @@ class Bound:
         if packed is None:
             packed = k
             if self.copied is not None:
-                packed = _converted(np.lib.stride_tricks.as_strided(k, *self.copied), self.lanes.dtype)
+                packed = dense.converted(np.lib.stride_tricks.as_strided(k, *self.copied), self.lanes.dtype)
         finish = self.finish
         if bias is not None:
             finish = dense.finishing(problem, bias, problem.O // problem.groups, 0, self.lanes)

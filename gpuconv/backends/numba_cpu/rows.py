@@ -213,12 +213,7 @@ def _first(plan: Plan) -> Any:
 
 def pack(plan: Plan, operands: Operands) -> Any:
     """The weights in the type of the sums; each thread puts those of a channel in order as it comes to it."""
-    return _converted(operands.k, plan.config["lanes"])
-
-
-def _converted(k: Any, lanes: Lanes) -> Any:
-    with np.errstate(all="ignore"):
-        return np.array(k, lanes.dtype, order="C")
+    return dense.converted(operands.k, plan.sums_in)
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
@@ -264,7 +259,7 @@ class Bound:
     def __call__(self, x: Any, k: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
         """Convolve ``x`` into ``out``."""
         if packed is None:
-            packed = _converted(k, self.lanes) if self.converted else k
+            packed = dense.converted(k, self.lanes.dtype) if self.converted else k
         finish = self.finish
         if bias is not None:
             problem = self.plan.problem
