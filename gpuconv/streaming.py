@@ -312,7 +312,6 @@ def _copy(
     if target.dtype.name == "bfloat16":  # as bits: NumPy holds its global lock for types that are not its own
         fill = int(np.asarray(fill).astype(target.dtype).view(np.uint16))
         source, target = source.view(np.uint16), target.view(np.uint16)
-    columns = tables.Reads(target.shape[4], slice(0, target.shape[4]), slice(0, target.shape[4]))
     axis = max(range(4), key=lambda axis: (target.shape[axis], -axis))
 
     def part(start: int, stop: int) -> None:
@@ -320,8 +319,21 @@ def _copy(
         if rows is None:
             target[at] = source[at]
         elif axis == 3:
-            tables.gather(source, tables.reads(rows[start:stop]), columns, fill, target[at])
+            _take_rows(source, rows[start:stop], fill, target[at])
         else:
-            tables.gather(source[at], tables.reads(rows), columns, fill, target[at])
+            _take_rows(source[at], rows, fill, target[at])
 
     pinned.in_parallel(part, target.shape[axis], target.nbytes)
+
+
+def _take_rows(source: np.ndarray[Any, Any], rows: Any, fill: complex, target: np.ndarray[Any, Any]) -> None:
+    """Copy the ``rows`` of the source, in any order; ``fill`` where one is -1."""
+    read = tables.reads(rows)
+    if isinstance(read.source, slice) or (read.source >= 0).all():
+        columns = tables.Reads(target.shape[4], slice(0, target.shape[4]), slice(0, target.shape[4]))
+        tables.gather(source, read, columns, fill, target)
+        return
+    # Windows of far taps take turns between the padding and the image.
+    inside = np.flatnonzero(rows >= 0)
+    target[...] = fill
+    target[..., inside, :] = source[..., rows[inside], :]

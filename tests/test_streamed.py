@@ -115,6 +115,16 @@ def test_options(tiny, monkeypatch, options, layout):
         np.testing.assert_array_equal(whole(monkeypatch, partial(run, device="cuda")), expected)
 
 
+def test_taps_so_far_apart_that_windows_share_no_rows(tiny):
+    """The padding and the image take turns in what a piece of rows reads."""
+    rng = np.random.default_rng(16)
+    x, k = integers(rng, (1, 2, 240, 3)), integers(rng, (2, 2, 3, 3))
+    options = {"dilation": (100, 1), "padding": ((20, 19), (0, 0)), "padding_value": 3}
+    expected = conv2d(x, k, backend="numpy.reference", **options)
+    np.testing.assert_array_equal(conv2d(x, k, device="cuda", **options), expected)
+    assert tiny[-1] > 1
+
+
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "float16", "bfloat16", "float64", "complex128"])
 def test_memory_of_any_kind(tiny, dtype):
     """Steps backwards, broadcasts, other byte orders and strided results, with padding."""
