@@ -387,11 +387,11 @@ x_zero_point, k_zero_point, dtype, precision, out
         note = _joined(blocks, str(error))
         return Explanation(problem, target, None, None, _table(problem, target, backend, limit, None), note)
     table = _table(problem, target, backend, limit, choice)
-    pieces = request.pieces_of(problem, home, choice, target, limit)
+    pieces = request.pieces_of(problem, home is None, choice, target, limit)
     if pieces is not None:
-        from gpuconv import streaming
+        from gpuconv import cutting
 
-        note = streaming.described(pieces)
+        note = cutting.described(pieces)
     return Explanation(problem, target, choice.name, choice.plan, table, _joined(blocks, note))
 
 

@@ -18,11 +18,11 @@ import numpy as np
 
 from gpuconv import arrays
 from gpuconv.arrays import Array
+from gpuconv.cutting import ALIGN
 
 if TYPE_CHECKING:
     from gpuconv.streaming import Slot
 
-_ALIGN = 512  # bytes; CuPy's pool aligns so on the GPU
 _THREADS = 8  # that copy, at most: fewer saturate the memory of most machines
 _ALONE = 1 << 20  # bytes that one thread copies sooner than several are told to
 
@@ -40,22 +40,42 @@ class Ring:
         self._own = {lane: cupy.cuda.Stream(non_blocking=True) for lane in ("upload", "download")}
         self.streams: dict[str, Any] = {}
 
-    def slots(self, count: int, x_size: int, y_size: int) -> list[tuple[Array, Array, Array, Array]]:
-        """Memory for ``count`` pieces: of the host, to upload and to download; of the GPU, the same."""
+    def slots(
+        self, count: int, x_size: int, y_size: int, shared: bool = False
+    ) -> list[tuple[Array, Array, Array, Array]]:
+        """Memory for ``count`` pieces: of the host, to upload and to download; of the GPU, the same.
+
+        With ``shared`` all pieces have one memory for what comes down.
+        """
         import cupy
 
         self.streams = self._own | {"compute": cupy.cuda.get_current_stream()}
-        x_step, y_step = (-(-size // _ALIGN) * _ALIGN for size in (x_size, y_size))
-        needed = count * (x_step + y_step)
+        x_step, y_step = (-(-size // ALIGN) * ALIGN for size in (x_size, y_size))
+        downs = 1 if shared else count
+        needed = count * x_step + downs * y_step
         if self.block.nbytes < needed:
             self.block = np.empty(0, np.uint8)  # the old one first
             self.block = _page_locked(needed)
-        found = []
-        for start in range(0, needed, x_step + y_step):
-            sent = self.block[start : start + x_size]
-            received = self.block[start + x_step : start + x_step + y_size]
-            found.append((sent, received, cupy.empty(x_size, np.uint8), cupy.empty(y_size, np.uint8)))
-        return found
+        ups = [(self.block[i * x_step :][:x_size], self.scratch(x_size)) for i in range(count)]
+        below = self.block[count * x_step :]
+        results = [(below[i * y_step :][:y_size], self.scratch(y_size)) for i in range(downs)]
+        both = zip(ups, results * (count // downs), strict=True)
+        return [(sent, received, x, y) for (sent, x), (received, y) in both]
+
+    def scratch(self, size: int) -> Array:
+        """Bytes of the GPU's memory, for the compute lane."""
+        import cupy
+
+        return cupy.empty(size, np.uint8)
+
+    def add(self, summand: Array, total: Array, first: bool) -> None:
+        """Ask the compute lane to add to the total, or with the ``first`` one to begin it."""
+        import cupy
+
+        if first:
+            total[...] = summand
+        else:
+            cupy.add(total, summand, out=total)
 
     def upload(self, slot: Slot, size: int) -> None:
         """Copy from the host, on the upload lane."""

@@ -18,7 +18,7 @@ from gpuconv.errors import NoBackendError
 from gpuconv.problem import Conv2dProblem, check_choice, check_zero_point
 
 if TYPE_CHECKING:
-    from gpuconv.streaming import Piece
+    from gpuconv.cutting import Piece
 
 
 @dataclass
@@ -280,7 +280,10 @@ def execute(
     """
     problem, home = request.problem, request.first.device
     implementation = dispatch.implementation(choice.name)
-    pieces = pieces_of(problem, home, choice, target, limit)
+    # What is cut into pieces: of a weight gradient both operands.
+    streamed = (request.first, request.second) if problem.op == "weight_grad" else (request.first,)
+    hosts = all(operand is not None and operand.device is None for operand in streamed)
+    pieces = pieces_of(problem, hosts, choice, target, limit)
     # A kernel of our own takes whole host arrays as they are; everything else on a GPU takes CuPy arrays.
     ordinal = target.ordinal
     if target.device == "cpu" or (implementation.ARRAYS == "any" and home is None and pieces is None):
@@ -298,6 +301,8 @@ def execute(
         def moved(operand: Operand | None) -> Array | None:
             if operand is None:
                 return None
+            if pieces is not None and any(operand is other for other in streamed):
+                return operand.array
             return arrays.to_host(operand.array) if ordinal is None else arrays.to_device(operand.array, ordinal)
 
         def kept(key: Any, make: Callable[[], Any]) -> Any:
@@ -314,7 +319,7 @@ def execute(
         if problem.result_size and problem.products:
             second = kept("second", lambda: moved(request.second))
             operands = Operands(
-                view(problem, 0, moved(request.first) if pieces is None else request.first.array),
+                view(problem, 0, moved(request.first)),
                 None if second is None else view(problem, 1, second),
                 bias,
                 points if ordinal is None or points is None else arrays.to_device(points, ordinal),
@@ -328,7 +333,7 @@ def execute(
                 return kept(key, lambda: implementation.pack(plan, operands))
 
             if pieces is not None:
-                from gpuconv import streaming
+                from gpuconv import streaming  # with its threads, slow to import
 
                 streaming.compute(choice.name, problem, pieces, operands, result, packed)
             else:
@@ -353,16 +358,18 @@ def execute(
 
 
 def pieces_of(
-    problem: Conv2dProblem, home: int | None, choice: dispatch.Choice, target: Target, limit: int
+    problem: Conv2dProblem, hosts: bool, choice: dispatch.Choice, target: Target, limit: int
 ) -> list[Piece] | None:
-    """The pieces in which a host array goes through a GPU; None where it is moved whole, or need not be."""
-    if target.device == "cpu" or home is not None or not problem.products:
+    """The pieces in which arrays go through a GPU, if ``hosts`` says that those to be cut are the host's; None where
+    they are moved whole, or need not be.
+    """
+    if target.device == "cpu" or not hosts or not problem.products:
         return None
     if dispatch.implementation("cupy.gemm").unavailable() is not None:  # CuPy's are the page-locked memory and streams
         return None
-    from gpuconv import streaming  # with its threads, slow to import
+    from gpuconv import cutting
 
-    return streaming.cut(choice.name, problem, target, limit)
+    return cutting.cut(choice.name, problem, target, limit)
 
 
 def _cast_bias(bias: Array | None, problem: Conv2dProblem) -> Array | None:

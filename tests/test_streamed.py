@@ -19,7 +19,7 @@ import pytest
 from running import skip_unless_usable
 
 import gpuconv
-from gpuconv import arrays, conv2d, dispatch, pinned, streaming
+from gpuconv import arrays, conv2d, cutting, dispatch, pinned
 
 TESTS = Path(__file__).parent
 in_child = os.environ.get("GPUCONV_TEST_FAKE_CUPY") == "1"
@@ -46,16 +46,16 @@ def tiny(monkeypatch) -> Iterator[list[int]]:
     """Pieces of a few hundred bytes, so that small arrays are cut, and copies by several threads; notes the pieces."""
     skip_unless_usable("cupy.gemm")
     cuts: list[int] = []
-    real = streaming.cut
+    real = cutting.cut
 
     def noted(*arguments: Any) -> Any:
         pieces = real(*arguments)
         cuts.append(len(pieces or ()))
         return pieces
 
-    monkeypatch.setattr(streaming, "_LEAST", 8)
-    monkeypatch.setattr(streaming, "_MOST", 512)
-    monkeypatch.setattr(streaming, "cut", noted)
+    monkeypatch.setattr(cutting, "_LEAST", 8)
+    monkeypatch.setattr(cutting, "_MOST", 512)
+    monkeypatch.setattr(cutting, "cut", noted)
     monkeypatch.setattr(pinned, "_ALONE", 0)
     monkeypatch.setattr(pinned, "_threads", lambda: 3)
     yield cuts
@@ -73,7 +73,7 @@ def test_calls_are_right(tiny, g, dtype):
 
 def whole(monkeypatch: Any, run: Callable[[], Any]) -> Any:
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "cut", lambda *_: None)
+        patch.setattr(cutting, "cut", lambda *_: None)
         return run()
 
 
@@ -294,9 +294,9 @@ def test_arrays_that_the_pool_has_no_room_for(name, shape):
 
 SAME_BITS = """
 import fake_cupy, numpy as np
-from gpuconv import conv2d, pinned, streaming
-streaming._LEAST, streaming._MOST, pinned._ALONE = 64, 256, 0
-real, cuts = streaming.cut, []
+from gpuconv import conv2d, cutting, pinned
+cutting._LEAST, cutting._MOST, pinned._ALONE = 64, 256, 0
+real, cuts = cutting.cut, []
 rng = np.random.default_rng(0)
 reflected = {"padding": 2, "padding_mode": "reflect", "stride": 2}
 for shape, options in [((1, 2, 14, 5), {"padding": 1}), ((4, 2, 5, 5), reflected)]:
@@ -304,7 +304,7 @@ for shape, options in [((1, 2, 14, 5), {"padding": 1}), ((4, 2, 5, 5), reflected
     k = rng.standard_normal((2, 2, 3, 3)).astype("f")
     bits = []
     for cut in (lambda *given: cuts.append(real(*given)) or cuts[-1], lambda *given: None):
-        streaming.cut = cut
+        cutting.cut = cut
         bits.append(conv2d(x, k, backend="numba_cuda.direct", **options).tobytes())
     assert bits[0] == bits[1]
 assert all(len(pieces) > 1 for pieces in cuts)

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuconv import pinned, streaming
+from gpuconv import cutting, pinned, streaming
 from gpuconv.backends.protocol import Target
 from gpuconv.problem import Conv2dProblem
 from gpuconv.streaming import COMPUTE, DOWNLOAD, UPLOAD, Slot, Steps
@@ -206,21 +206,90 @@ def test_after_an_error_nothing_is_under_way(policy):
     assert lanes.landed == {lane: len(asked) for lane, asked in lanes.asked.items()}
 
 
+# ---- pieces that are added up
+
+
+def added_up(lanes: Lanes, sizes: list[int], count: int, fail_at: int | None = None) -> float:
+    """Numbers through the lanes in pieces of ``sizes``, one after the other: t becomes 3·t + the sum of a piece."""
+    source = np.arange(1.0, sum(sizes) + 1)
+    starts = list(itertools.accumulate(sizes, initial=0))[:-1]
+    pieces = [Numbers(start, size, int(start == starts[-1])) for start, size in zip(starts, sizes, strict=True)]
+    slots = make_slots(count, max(sizes))
+    slots = [replace(slot, y=slots[0].y, received=slots[0].received) for slot in slots]
+    found: list[float] = []
+
+    def fill(piece: Numbers, slot: Slot) -> None:
+        slot.sent[: piece.x_bytes] = source[piece.start : piece.start + piece.x_bytes]
+
+    def launch(piece: Numbers, slot: Slot) -> None:
+        if piece.start == fail_at:
+            raise MemoryError("no scratch")
+
+        def land() -> None:
+            slot.y[0] = (3 * slot.y[0] if piece.start else 0) + slot.x[: piece.x_bytes].sum()
+
+        lanes.ask(COMPUTE, Task(land))
+
+    def drain(piece: Numbers, slot: Slot) -> None:
+        if piece.y_bytes:
+            found.append(float(slot.received[0]))
+
+    for slot in slots:
+        lanes.ask(COMPUTE, Task(lambda slot=slot: slot.x.fill(-7), slot.x))
+    streaming.run(pieces, slots, lanes, Steps(fill, launch, drain))
+    (total,) = found
+    return total
+
+
+def is_total(total: float, sizes: list[int]) -> bool:
+    wanted, start = 0.0, 1
+    for size in sizes:
+        wanted = 3 * wanted + sum(range(start, start + size))
+        start += size
+    return total == wanted
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: "-".join(policy.values()))
+def test_pieces_are_added_up_in_their_order(policy):
+    for count, pieces in itertools.product((1, 2, 4), (1, 2, 3, 9)):
+        sizes = [3] * (pieces - 1) + [2]
+        lanes = Lanes(policy)
+        assert is_total(added_up(lanes, sizes, count), sizes), (count, pieces)
+        assert lanes.landed == {lane: len(asked) for lane, asked in lanes.asked.items()}
+        downloads = sum(task.spoils is not None for task in lanes.asked[DOWNLOAD])
+        assert downloads == 1, "what is added up comes down once"
+
+
+@pytest.mark.parametrize("missing", [UPLOAD, COMPUTE, DOWNLOAD, "host"])
+def test_no_wait_can_be_left_out_of_a_sum(missing):
+    found = [is_total(added_up(Lanes(policy, missing), [3] * 9, 4), [3] * 9) for policy in POLICIES]
+    assert not all(found)
+
+
+@pytest.mark.parametrize("policy", POLICIES[::5], ids=lambda policy: "-".join(policy.values()))
+def test_after_an_error_in_a_sum_nothing_is_under_way(policy):
+    lanes = Lanes(policy)
+    with pytest.raises(MemoryError, match="no scratch"):
+        added_up(lanes, [3] * 9, 4, fail_at=15)
+    assert lanes.landed == {lane: len(asked) for lane, asked in lanes.asked.items()}
+
+
 # ---- how problems are cut
 
 GPU = Target("cuda", 0)
 MiB = 1 << 20
 
 
-def cut(line: str, name: str = "cupy.gemm", limit: int = 256 * MiB) -> list[streaming.Piece] | None:
-    return streaming.cut(name, Conv2dProblem.parse(line), GPU, limit)
+def cut(line: str, name: str = "cupy.gemm", limit: int = 256 * MiB) -> list[cutting.Piece] | None:
+    return cutting.cut(name, Conv2dProblem.parse(line), GPU, limit)
 
 
 def test_small_problems_are_moved_whole():
     assert cut("n8c3h64w64_o16kh3kw3") is None
     assert cut("n64c8h16w16_o8kh3kw3") is None
     assert cut("n0c64h512w512_o64kh3kw3") is None
-    assert cut("n64c64h56w56_o64kh3kw3_wgrad") is None
+    assert cut("n8c64h14w14_o64kh3kw3_wgrad") is None
+    assert cut("n0c64h512w512_o64kh3kw3_wgrad") is None
 
 
 def test_batches_are_cut_into_images():
@@ -243,7 +312,7 @@ def test_large_images_are_cut_into_rows(monkeypatch):
     assert (pieces[0].rows.start, pieces[-1].rows.stop) == (0, 8192)
     assert max(max(piece.x_bytes, piece.y_bytes) for piece in pieces) <= 16 * MiB
     assert len({piece.plan.problem for piece in pieces}) <= 2, "all padded alike"
-    monkeypatch.setattr(streaming, "_BY_ROWS", ("numba_cuda.direct",))
+    monkeypatch.setattr(cutting, "_BY_ROWS", ("numba_cuda.direct",))
     assert cut("n1c3h8192w8192_o8kh5kw5_p2") is None, "its sums may depend on the rows"
 
 
@@ -269,6 +338,45 @@ def test_few_bytes_are_on_the_gpu(line, limit):
         made += (piece.images.stop - piece.images.start) * rows
     assert made == problem.N * problem.OH
     assert all(piece.plan.workspace <= limit for piece in pieces)
+
+
+@pytest.mark.parametrize("name", ["cupy.gemm", "numba_cuda.direct", "numba_cuda.implicit_gemm"])
+@pytest.mark.parametrize(
+    "line", ["n100c64h56w56_o64kh3kw3_p1_wgrad", "n2c8h4096w1024_o8kh5kw5_s2d2p2_wgrad", "n500c3h64w64_o8kh3kw3_wgrad"]
+)
+def test_how_sums_are_split_depends_on_the_problem_alone(name, line):
+    """On no limit; every pixel of y is in one piece, and no piece is large."""
+    problem = Conv2dProblem.parse(line)
+    found = [cut(line, name, limit) for limit in (2**25, 2**28, 2**30)]
+    shares = [[(piece.images, piece.rows) for piece in pieces or ()] for pieces in found]
+    assert shares[0] == shares[1] == shares[2] and len(shares[0]) > 1
+    for pieces, limit in zip(found, (2**25, 2**28, 2**30), strict=True):
+        assert pieces is not None
+        covered = np.zeros((problem.N, problem.OH), int)
+        for piece in pieces:
+            covered[piece.images, piece.rows or slice(None)] += 1
+        assert (covered == 1).all()
+        assert max(piece.x_bytes for piece in pieces) <= 16 * MiB
+        assert [piece.y_bytes > 0 for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+        beside = cutting.made(pieces[0].plan.problem).stop + cutting.total(pieces[0].plan.problem).stop
+        assert all(piece.plan.workspace + beside <= limit for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("code", "summand", "total"),
+    [("f16", "float32", "float64"), ("bf16", "float32", "float64"), ("f32", "float32", "float64"),
+     ("f64", "float64", "float64"), ("c64", "complex64", "complex128"), ("i16", "int64", "int64")],
+)  # fmt: skip
+def test_what_the_pieces_of_a_weight_gradient_are_added_up_in(code, summand, total):
+    pieces = cut(f"n100c64h56w56_o64kh3kw3_wgrad_{code}")
+    assert pieces is not None
+    problem = pieces[0].plan.problem
+    assert (problem.y_dtype, cutting.total(problem).dtype) == (summand, total)
+
+
+def test_a_kernel_larger_than_its_images_is_not_cut():
+    """Its sum and one summand would not leave room for the scratch of a piece."""
+    assert cut("n40c2048h9w9_o2048kh3kw3_p1_wgrad", limit=64 * MiB) is None
 
 
 # ---- host copies
