@@ -153,8 +153,8 @@ def conv2d_weight(
     -----
     Each element sums ``N · OH · OW`` products. It takes as many operations as the convolution.
 
-    NumPy arrays of 16 MiB and more go through a GPU in pieces, so that they may be larger than its memory. The sums over
-    the pieces are added up there, those of floating point in float64 (complex128), and rounded once; how they are split
+    NumPy arrays of 16 MiB and more go through a GPU in pieces, so that they may be larger than its memory. Their sums
+    are added up there, in float64 (complex128) where they are of floating point, and rounded once; how they are split
     depends on the problem alone.
 
     Examples

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -107,9 +108,10 @@ class Ring:
         mark.synchronize()
 
     def settle(self) -> None:
-        """Wait for all lanes."""
-        for stream in self.streams.values():
-            stream.synchronize()
+        """Wait for all lanes, for the others too where one has failed or an interrupt ends its wait."""
+        with ExitStack() as stack:
+            for stream in self.streams.values():
+                stack.callback(stream.synchronize)
 
 
 def _page_locked(size: int) -> np.ndarray[Any, Any]:
@@ -145,19 +147,50 @@ def release() -> None:
 
 
 def in_parallel(part: Callable[[int, int], None], extent: int, size: int) -> None:
-    """Call ``part(start, stop)`` for shares of ``range(extent)``, on several threads if ``size`` bytes are worth it."""
+    """Call ``part(start, stop)`` for shares of ``range(extent)``, on several threads if ``size`` bytes are worth it.
+
+    A share belongs to whichever thread comes first, this one among them: where no other can be started, it does all.
+    All shares are over when this returns or raises, because their memory may then be given back or used again.
+    """
     shares = 1 if size <= _ALONE else min(_threads(), extent)
     if shares <= 1:
         part(0, extent)
         return
     bounds = [extent * share // shares for share in range(shares + 1)]
-    others = [_copiers().submit(part, *both) for both in pairwise(bounds[1:])]
+    left = deque(pairwise(bounds))
+    over: list[BaseException | None] = []  # one for each share
+    all_over = threading.Event()
+
+    def work() -> None:
+        while True:
+            try:
+                both = left.popleft()
+            except IndexError:
+                return
+            error = None
+            try:
+                part(*both)
+            except BaseException as found:
+                error = found
+            over.append(error)
+            if len(over) == shares:
+                all_over.set()
+
     try:
-        part(bounds[0], bounds[1])
-    finally:
-        wait(others)  # also after an error: they must not go on with memory that is given back
-    for other in others:
-        other.result()
+        for _ in range(shares - 1):
+            _copiers().submit(work)
+    except RuntimeError:  # no more threads, or the interpreter is shutting down
+        pass
+    work()
+    interrupt = None
+    while not all_over.is_set():
+        try:
+            all_over.wait()
+        except KeyboardInterrupt as found:
+            interrupt = found
+    for error in (*over, interrupt):
+        if error is not None:
+            raise error
 
 
 def _threads() -> int:
@@ -170,5 +203,16 @@ def _copiers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, "gpuconv-copy")
 
 
+_inherited: list[dict[int, Ring]] = []
+
+
+def _after_fork() -> None:
+    """In the child: threads do not survive a fork, nor does CUDA, which is asked for nothing, not even to free."""
+    global _free, _lock
+    _inherited.append(_free)
+    _free, _lock = {}, threading.Lock()  # the lock may have been held by another thread
+    _copiers.cache_clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_copiers.cache_clear)  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_after_fork)

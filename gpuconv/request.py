@@ -34,6 +34,16 @@ class Request:
     names: tuple[str, str] = ("x", "k")  # of the operands, as the caller knows them
     lift: Callable[[Array], Array] | None = None  # the view of a result of this shape that is an image or a kernel
 
+    @property
+    def streamed(self) -> tuple[Operand | None, ...]:
+        """The operands that are cut where a call is cut into pieces."""
+        return (self.first, self.second) if self.problem.op == "weight_grad" else (self.first,)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether these are in host memory."""
+        return all(operand is not None and operand.device is None for operand in self.streamed)
+
 
 def forward(
     call: str, x: Any, k: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any, padding_mode: Any,
@@ -200,15 +210,27 @@ def compute(
             return arrays.deliver(y, request.first) if out is None else out
         except MemoryError as error:
             shortage = shortage or str(error)
-        # Memory is shorter than the limit says: smaller chunks, or an implementation that needs less.
-        limit = choice.plan.workspace // 4
-        try:
-            smaller = dispatch.choose(call, problem, target, backend, limit)
-        except (MemoryError, NoBackendError):
-            smaller = choice
-        if smaller.plan.workspace >= choice.plan.workspace:
+        less = _with_less(call, request, choice, target, backend, limit)
+        if less is None:
             raise MemoryError(f"{call}: {shortage}")
-        choice = smaller
+        choice, limit = less
+
+
+def _with_less(
+    call: str, request: Request, choice: dispatch.Choice, target: Target, backend: Any, limit: int
+) -> tuple[dispatch.Choice, int] | None:
+    """What to try, and with which limit, where memory is shorter than ``limit`` says: smaller pieces or chunks, or an
+    implementation that needs less; None where there is nothing.
+    """
+    smaller_pieces = [pieces_of(request.problem, request.on_host, choice, target, room) for room in (limit, limit // 4)]
+    if limit and None not in smaller_pieces:
+        return choice, limit // 4
+    limit = choice.plan.workspace // 4
+    try:
+        smaller = dispatch.choose(call, request.problem, target, backend, limit)
+    except (MemoryError, NoBackendError):
+        return None
+    return (smaller, limit) if smaller.plan.workspace < choice.plan.workspace else None
 
 
 # Weights of a kernel whose values are looked through for the largest: a few tens of microseconds.
@@ -280,10 +302,7 @@ def execute(
     """
     problem, home = request.problem, request.first.device
     implementation = dispatch.implementation(choice.name)
-    # What is cut into pieces: of a weight gradient both operands.
-    streamed = (request.first, request.second) if problem.op == "weight_grad" else (request.first,)
-    hosts = all(operand is not None and operand.device is None for operand in streamed)
-    pieces = pieces_of(problem, hosts, choice, target, limit)
+    pieces = pieces_of(problem, request.on_host, choice, target, limit)
     # A kernel of our own takes whole host arrays as they are; everything else on a GPU takes CuPy arrays.
     ordinal = target.ordinal
     if target.device == "cpu" or (implementation.ARRAYS == "any" and home is None and pieces is None):
@@ -301,7 +320,7 @@ def execute(
         def moved(operand: Operand | None) -> Array | None:
             if operand is None:
                 return None
-            if pieces is not None and any(operand is other for other in streamed):
+            if pieces is not None and any(operand is other for other in request.streamed):
                 return operand.array
             return arrays.to_host(operand.array) if ordinal is None else arrays.to_device(operand.array, ordinal)
 
@@ -358,12 +377,10 @@ def execute(
 
 
 def pieces_of(
-    problem: Conv2dProblem, hosts: bool, choice: dispatch.Choice, target: Target, limit: int
+    problem: Conv2dProblem, on_host: bool, choice: dispatch.Choice, target: Target, limit: int
 ) -> list[Piece] | None:
-    """The pieces in which arrays go through a GPU, if ``hosts`` says that those to be cut are the host's; None where
-    they are moved whole, or need not be.
-    """
-    if target.device == "cpu" or not hosts or not problem.products:
+    """The pieces in which operands that are ``on_host`` go through a GPU; None where they are moved whole."""
+    if target.device == "cpu" or not on_host or not problem.products:
         return None
     if dispatch.implementation("cupy.gemm").unavailable() is not None:  # CuPy's are the page-locked memory and streams
         return None

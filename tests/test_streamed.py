@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 from running import skip_unless_usable
 
 import gpuconv
-from gpuconv import arrays, conv2d, cutting, dispatch, pinned
+from gpuconv import arrays, conv2d, cutting, dispatch, pinned, streaming
 
 TESTS = Path(__file__).parent
 in_child = os.environ.get("GPUCONV_TEST_FAKE_CUPY") == "1"
@@ -230,6 +231,70 @@ def test_through_a_gpu_that_is_too_small_for_it(tiny):
     np.testing.assert_array_equal(conv2d(x, k, device="cuda", backend="cupy.gemm"), expected)
 
 
+class Failure(Exception):
+    pass
+
+
+STEPS = {
+    "copy on the host": (streaming, "_copy"),
+    "copy over the bus": (pinned.Ring, "_ask"),
+    "mark": (pinned.Ring, "record"),
+    "wait": (pinned.Ring, "wait"),
+    "wait on the host": (pinned.Ring, "reach"),
+    "launch": (dispatch.implementation("cupy.gemm"), "run"),
+}
+
+
+@of_the_stand_in
+@pytest.mark.parametrize("op", ["conv2d", "conv2d_weight"])
+@pytest.mark.parametrize("step", STEPS)
+def test_after_an_error_in_any_step_the_next_call_is_right(tiny, monkeypatch, step, op):
+    """And nothing is under way that could write to memory which is given back."""
+    rng = np.random.default_rng(17)
+    x, k = integers(rng, (40, 4, 8, 8)), integers(rng, (8, 4, 3, 3))
+    dy = integers(rng, (40, 8, 6, 6))
+    run = partial(conv2d, x, k) if op == "conv2d" else partial(gpuconv.grad.conv2d_weight, x, k.shape, dy)
+    expected = run(backend="numpy.reference")
+    where, name = STEPS[step]
+    real = getattr(where, name)
+    for failing in (0, 1, 5, 11):
+        count = itertools.count()
+
+        def stumbling(*given: Any, failing: int = failing, count: Any = count) -> Any:
+            if next(count) == failing:
+                raise Failure
+            return real(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, stumbling)
+            with pytest.raises(Failure):
+                run(device="cuda")
+        assert all(stream.done == len(stream.asked) for stream in fake_cupy.STREAMS.values())
+        np.testing.assert_array_equal(run(device="cuda"), expected)
+    assert tiny[-1] > 1
+
+
+def test_clear_while_calls_run(tiny):
+    rng = np.random.default_rng(18)
+    x, k = integers(rng, (12, 4, 8, 8)), integers(rng, (8, 4, 3, 3))
+    dy = integers(rng, (12, 8, 6, 6))
+    expected = conv2d(x, k, backend="numpy.reference"), gpuconv.grad.conv2d_weight(x, k.shape, dy, device="cpu")
+    wrong: list[int] = []
+
+    def work() -> None:
+        for _ in range(8):
+            found = conv2d(x, k, device="cuda"), gpuconv.grad.conv2d_weight(x, k.shape, dy, device="cuda")
+            if not all(map(np.array_equal, found, expected)):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        gpuconv.clear()
+    assert not wrong
+
+
 def test_without_page_locked_memory(tiny, monkeypatch):
     """What the system refuses to lock is copied from ordinary memory."""
     import cupy
@@ -308,6 +373,10 @@ for shape, options in [((1, 2, 14, 5), {"padding": 1}), ((4, 2, 5, 5), reflected
         bits.append(conv2d(x, k, backend="numba_cuda.direct", **options).tobytes())
     assert bits[0] == bits[1]
 assert all(len(pieces) > 1 for pieces in cuts)
+cutting.cut = lambda *given: cuts.append(real(*given)) or cuts[-1]
+fake_cupy.POOL.set_limit(150)
+assert conv2d(x, k, backend="numba_cuda.direct", **options).tobytes() == bits[0]
+assert len(cuts[-1]) > len(cuts[1]), "smaller pieces"
 print("the same")
 """
 
