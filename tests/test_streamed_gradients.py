@@ -257,9 +257,9 @@ def test_arrays_that_the_pool_has_no_room_for(name, shape):
 
 DIRECT = """
 import fake_cupy, numpy as np
-from gpuconv import cutting, pinned
+from gpuconv import Conv2dProblem, cutting, pinned
 from gpuconv.grad import conv2d_weight
-cutting._LEAST, cutting._MOST, pinned._ALONE = 64, 256, 0
+cutting._LEAST, cutting._MOST, pinned._ALONE = 16, 256, 0
 real, cuts = cutting.cut, []
 cutting.cut = lambda *given: cuts.append(real(*given)) or cuts[-1]
 rng = np.random.default_rng(0)
@@ -267,8 +267,6 @@ for shape, dtype, options in [((1, 2, 14, 5), "f", {"padding": 1}), ((4, 2, 5, 5
                               ((4, 2, 5, 5), "h", {}), ((4, 2, 5, 5), "F", {"layout": "NHWC"})]:
     k_shape = (2, 2 // options.get("groups", 1), 3, 3)
     x = rng.integers(-3, 4, shape).astype(dtype)
-    dy = None
-    from gpuconv import Conv2dProblem
     problem = Conv2dProblem.of(shape, k_shape, **{k: v for k, v in options.items() if k != "layout"})
     dy = rng.integers(-3, 4, problem.y_shape).astype(dtype)
     if "layout" in options:
