@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 GPU_TESTS = (
     "tests/test_gpu_memory.py",
     "tests/test_streamed.py",
+    "tests/test_streamed_gradients.py",
+    "tests/test_streamed_numba.py",
     "tests/test_implementations.py",
     "tests/test_family.py",
 )

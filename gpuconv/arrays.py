@@ -313,7 +313,7 @@ def wait_for(stream: Any, device: int) -> None:
     import cupy
 
     current = cupy.cuda.get_current_stream()
-    if stream.ptr != current.ptr:
+    if _differ(stream, device, current):
         with cupy.cuda.Device(device):
             event = stream.record(cupy.cuda.Event(disable_timing=True))
         current.wait_event(event)
@@ -324,10 +324,17 @@ def hand_back(stream: Any, device: int) -> None:
     import cupy
 
     current = cupy.cuda.get_current_stream()
-    if stream.ptr != current.ptr:
+    if _differ(stream, device, current):
         event = current.record(cupy.cuda.Event(disable_timing=True))
         with cupy.cuda.Device(device):
             stream.wait_event(event)
+
+
+def _differ(stream: Any, device: int, current: Any) -> bool:
+    """Whether ``stream`` of ``device`` is another one than the current one; every GPU has its default stream at 0."""
+    import cupy
+
+    return stream.ptr != current.ptr or device != int(cupy.cuda.Device().id)
 
 
 class _DeviceAndStream:

@@ -24,6 +24,7 @@ RING = 256 << 20  # bytes of the pieces that are on their way at once, at most: 
 # Not measured yet, by rule of thumb: a copy of 2 MiB takes a PCIe link some ten times as long as asking for it.
 _LEAST, _MOST = 2 << 20, 16 << 20  # bytes of a piece, of its operand or its result, the larger
 _PIECES = 8  # of the smallest problem that is worth cutting: filling and emptying the lanes takes about two pieces
+_MOST_PIECES = 1 << 20  # 2 TiB and more: only shapes without arrays, which ``explain`` takes too, are larger
 
 # Implementations whose sums do not depend on how many rows they make at a time, so that an image may be cut; and
 # cuBLAS, of which nobody expects the same bits.
@@ -142,6 +143,8 @@ def cut(name: str, problem: Conv2dProblem, target: Target, limit: int) -> list[P
         rows = None if rows == problem.OH else rows
     # Even shares: 10 images in pieces of 9 would be 9 and 1.
     images = -(-problem.N // -(-problem.N // images))
+    if -(-problem.N // images) * -(-problem.OH // (rows or problem.OH)) > _MOST_PIECES:
+        return None
     implementation = dispatch.implementation(name)
     planned: dict[Conv2dProblem, Plan] = {}
     pieces = []

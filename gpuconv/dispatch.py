@@ -238,6 +238,11 @@ def choose(call: str, problem: Conv2dProblem, target: Target, backend: str | Non
     raise NoBackendError("\n".join([f"{call}: nothing can run {problem} on {target}", *lines]))
 
 
+def has_cupy() -> bool:
+    """Whether CuPy can use a GPU here."""
+    return implementation("cupy.gemm").unavailable() is None
+
+
 def gpu_missing() -> list[tuple[str, str]]:
     """The first implementation of each CUDA library with the reason why it is unusable; empty if one is usable."""
     found: dict[str, tuple[str, str]] = {}
@@ -338,7 +343,7 @@ def _gpu(call: str, ordinal: int | None, home: int | None) -> Target:
 
 def _gpus() -> tuple[int, int]:
     """Number of GPUs, and the ordinal of the current one."""
-    if implementation("cupy.gemm").unavailable() is None:
+    if has_cupy():
         import cupy
 
         _cuda["used"] = True

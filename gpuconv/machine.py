@@ -202,6 +202,7 @@ def clear() -> None:
         "patches": ("kernel",),
         "implicit_gemm_run": ("kernel", "packer", "adder"),
         "implicit_gemm_mma_run": ("kernel", "turner"),
+        "ring": ("adder",),
     }
     for name, caches in kernels.items():
         module = sys.modules.get(f"gpuconv.backends.numba_cuda.{name}")

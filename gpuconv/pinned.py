@@ -1,5 +1,6 @@
 """Page-locked host memory, streams and threads for copies between the host and a GPU, kept from call to call.
 
+By CuPy here; ``numba_cuda.ring`` does the same by Numba, for machines without CuPy.
 Page-locking memory takes longer than copying it, so it is never done per call. ``gpuconv.clear()`` releases all of it.
 """
 
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,7 @@ import numpy as np
 
 from gpuconv import arrays
 from gpuconv.arrays import Array
-from gpuconv.cutting import ALIGN
+from gpuconv.cutting import ALIGN, Place
 
 if TYPE_CHECKING:
     from gpuconv.streaming import Slot
@@ -27,18 +29,15 @@ if TYPE_CHECKING:
 _THREADS = 8  # that copy, at most: fewer saturate the memory of most machines
 _ALONE = 1 << 20  # bytes that one thread copies sooner than several are told to
 
-_free: dict[int, Ring] = {}  # by GPU: one that no call is using
+_free: dict[tuple[type[Ring], int | None], Ring] = {}  # by library and GPU: one that no call is using
 _lock = threading.Lock()
 
 
-class Ring:
-    """Page-locked memory, and the lanes of one GPU: CuPy's current stream computes, two streams of its own copy."""
+class Ring(ABC):
+    """Page-locked memory, and the lanes of one GPU, each a stream; what is a library's own is in its own class."""
 
     def __init__(self) -> None:
-        import cupy
-
         self.block = np.empty(0, np.uint8)
-        self._own = {lane: cupy.cuda.Stream(non_blocking=True) for lane in ("upload", "download")}
         self.streams: dict[str, Any] = {}
 
     def slots(
@@ -48,60 +47,17 @@ class Ring:
 
         With ``shared`` all pieces have one memory for what comes down.
         """
-        import cupy
-
-        self.streams = self._own | {"compute": cupy.cuda.get_current_stream()}
         x_step, y_step = (-(-size // ALIGN) * ALIGN for size in (x_size, y_size))
         downs = 1 if shared else count
         needed = count * x_step + downs * y_step
         if self.block.nbytes < needed:
             self.block = np.empty(0, np.uint8)  # the old one first
-            self.block = _page_locked(needed)
+            self.block = self.page_locked(needed)
         ups = [(self.block[i * x_step :][:x_size], self.scratch(x_size)) for i in range(count)]
         below = self.block[count * x_step :]
         results = [(below[i * y_step :][:y_size], self.scratch(y_size)) for i in range(downs)]
         both = zip(ups, results * (count // downs), strict=True)
         return [(sent, received, x, y) for (sent, x), (received, y) in both]
-
-    def scratch(self, size: int) -> Array:
-        """Bytes of the GPU's memory, for the compute lane."""
-        import cupy
-
-        return cupy.empty(size, np.uint8)
-
-    def add(self, summand: Array, total: Array, first: bool) -> None:
-        """Ask the compute lane to add to the total, or with the ``first`` one to begin it."""
-        import cupy
-
-        if first:
-            total[...] = summand
-        else:
-            cupy.add(total, summand, out=total)
-
-    def upload(self, slot: Slot, size: int) -> None:
-        """Copy from the host, on the upload lane."""
-        self._ask("upload", slot.x, slot.sent, size, "memcpyHostToDevice")
-
-    def download(self, slot: Slot, size: int) -> None:
-        """Copy to the host, on the download lane."""
-        self._ask("download", slot.received, slot.y, size, "memcpyDeviceToHost")
-
-    def _ask(self, lane: str, to: Array, source: Array, size: int, direction: str) -> None:
-        import cupy
-
-        runtime = cupy.cuda.runtime
-        places = arrays.address(to), arrays.address(source)
-        runtime.memcpyAsync(*places, size, getattr(runtime, direction), self.streams[lane].ptr)
-
-    def record(self, lane: str) -> Any:
-        """An event behind all that the lane was asked for."""
-        import cupy
-
-        return self.streams[lane].record(cupy.cuda.Event(disable_timing=True))
-
-    def wait(self, lane: str, mark: Any) -> None:
-        """The lane goes on after the event."""
-        self.streams[lane].wait_event(mark)
 
     def reach(self, mark: Any) -> None:
         """Wait for the event."""
@@ -113,30 +69,127 @@ class Ring:
             for stream in self.streams.values():
                 stack.callback(stream.synchronize)
 
+    @abstractmethod
+    def begin(self, stream: int | None) -> int | None:
+        """Make ready for a call that was given the stream at this address; the address of the compute lane's, or None
+        for the current one.
+        """
 
-def _page_locked(size: int) -> np.ndarray[Any, Any]:
-    import cupy
+    @abstractmethod
+    def page_locked(self, size: int) -> np.ndarray[Any, Any]:
+        """Bytes of host memory; of ordinary memory where the system grants no more that is page-locked."""
 
-    try:
-        memory = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(size), 0)
-    except cupy.cuda.runtime.CUDARuntimeError:
-        # The system grants no more of it: copies from and to other memory are right too, and slower.
-        return np.empty(size, np.uint8)
-    return np.frombuffer(memory, np.uint8, size)
+    @abstractmethod
+    def scratch(self, size: int) -> Array:
+        """Bytes of the GPU's memory, for the compute lane."""
+
+    @abstractmethod
+    def view(self, place: Place, memory: Array) -> Any:
+        """What lies at ``place`` in memory of the GPU, as implementations take it."""
+
+    @abstractmethod
+    def add(self, summand: Any, total: Any, first: bool) -> None:
+        """Ask the compute lane to add one view to another, or with the ``first`` one to begin it."""
+
+    @abstractmethod
+    def upload(self, slot: Slot, size: int) -> None:
+        """Copy from the host, on the upload lane."""
+
+    @abstractmethod
+    def download(self, slot: Slot, size: int) -> None:
+        """Copy to the host, on the download lane."""
+
+    @abstractmethod
+    def record(self, lane: str) -> Any:
+        """An event behind all that the lane was asked for."""
+
+    @abstractmethod
+    def wait(self, lane: str, mark: Any) -> None:
+        """The lane goes on after the event."""
+
+
+class CupyRing(Ring):
+    """By CuPy, whose current stream computes; two streams of its own copy."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        super().__init__()
+        self._own = {lane: cupy.cuda.Stream(non_blocking=True) for lane in ("upload", "download")}
+
+    def begin(self, stream: int | None) -> int | None:
+        """The given stream is the current one."""
+        import cupy
+
+        self.streams = self._own | {"compute": cupy.cuda.get_current_stream()}
+        return stream
+
+    def page_locked(self, size: int) -> np.ndarray[Any, Any]:
+        """Not of CuPy's pool, which would round it up to a power of two."""
+        import cupy
+
+        try:
+            memory = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(size), 0)
+        except cupy.cuda.runtime.CUDARuntimeError:
+            # The system grants no more of it: copies from and to other memory are right too, and slower.
+            return np.empty(size, np.uint8)
+        return np.frombuffer(memory, np.uint8, size)
+
+    def scratch(self, size: int) -> Array:
+        """Of CuPy's pool."""
+        import cupy
+
+        return cupy.empty(size, np.uint8)
+
+    def view(self, place: Place, memory: Array) -> Array:
+        """A CuPy array."""
+        return place.view(memory)
+
+    def add(self, summand: Array, total: Array, first: bool) -> None:
+        """One pass over both."""
+        import cupy
+
+        if first:
+            total[...] = summand
+        else:
+            cupy.add(total, summand, out=total)
+
+    def upload(self, slot: Slot, size: int) -> None:
+        """By the runtime: a CuPy array's own copies are from and to whole arrays."""
+        self._ask("upload", slot.x, slot.sent, size, "memcpyHostToDevice")
+
+    def download(self, slot: Slot, size: int) -> None:
+        """As ``upload``."""
+        self._ask("download", slot.received, slot.y, size, "memcpyDeviceToHost")
+
+    def _ask(self, lane: str, to: Array, source: Array, size: int, direction: str) -> None:
+        import cupy
+
+        runtime = cupy.cuda.runtime
+        places = arrays.address(to), arrays.address(source)
+        runtime.memcpyAsync(*places, size, getattr(runtime, direction), self.streams[lane].ptr)
+
+    def record(self, lane: str) -> Any:
+        """An event that takes no time."""
+        import cupy
+
+        return self.streams[lane].record(cupy.cuda.Event(disable_timing=True))
+
+    def wait(self, lane: str, mark: Any) -> None:
+        """On the GPU."""
+        self.streams[lane].wait_event(mark)
 
 
 @contextmanager
-def ring() -> Iterator[Ring]:
+def ring(kind: type[Ring], ordinal: int | None) -> Iterator[Ring]:
     """The current GPU's ring, or a new one while another call uses it; kept for the next call if this one succeeds."""
-    import cupy
-
-    ordinal = int(cupy.cuda.Device().id)
     with _lock:
-        found = _free.pop(ordinal, None)
-    found = found or Ring()
+        found = _free.pop((kind, ordinal), None)
+    found = found or kind()
     yield found
+    found.streams = {}
     with _lock:
-        _free.setdefault(ordinal, found)
+        _free.setdefault((kind, ordinal), found)
 
 
 def release() -> None:
@@ -203,7 +256,7 @@ def _copiers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, "gpuconv-copy")
 
 
-_inherited: list[dict[int, Ring]] = []
+_inherited: list[dict[tuple[type[Ring], int | None], Ring]] = []
 
 
 def _after_fork() -> None:

@@ -303,9 +303,11 @@ def execute(
     problem, home = request.problem, request.first.device
     implementation = dispatch.implementation(choice.name)
     pieces = pieces_of(problem, request.on_host, choice, target, limit)
-    # A kernel of our own takes whole host arrays as they are; everything else on a GPU takes CuPy arrays.
+    # A kernel of our own takes host arrays as they are, in pieces too where there is no CuPy; everything else on a GPU
+    # takes CuPy arrays.
     ordinal = target.ordinal
-    if target.device == "cpu" or (implementation.ARRAYS == "any" and home is None and pieces is None):
+    takes_hosts = implementation.ARRAYS == "any" and home is None and (pieces is None or not dispatch.has_cupy())
+    if target.device == "cpu" or takes_hosts:
         ordinal = None
     place = home if ordinal is None else ordinal
     if stream is None and place == home:
@@ -382,7 +384,7 @@ def pieces_of(
     """The pieces in which operands that are ``on_host`` go through a GPU; None where they are moved whole."""
     if target.device == "cpu" or not on_host or not problem.products:
         return None
-    if dispatch.implementation("cupy.gemm").unavailable() is not None:  # CuPy's are the page-locked memory and streams
+    if problem.op in ("unfold", "fold") and not dispatch.has_cupy():  # whose kernels by Numba take arrays
         return None
     from gpuconv import cutting
 

@@ -19,7 +19,8 @@ down once, with the last.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -139,10 +140,10 @@ def compute(
     y: np.ndarray[Any, Any],
     pack: Callable[[Plan, Operands], Any],
 ) -> None:
-    """Write the result into the host array ``y``, computing on CuPy's current stream.
+    """Write the result into the host array ``y``, computing on CuPy's current stream where there is CuPy.
 
-    Of ``operands`` the first is a host array, and of a weight gradient the second; the others are on the GPU. ``pack``
-    makes of a kernel what ``run`` wants.
+    Of ``operands`` the first is a host array, and of a weight gradient the second; without CuPy all are. ``pack`` makes
+    of a kernel what ``run`` wants.
     """
     implementation = dispatch.implementation(name)
     row_table = problem.tables()[0]
@@ -159,15 +160,15 @@ def compute(
             _copy(_rows_of(operands.k[piece.images], piece), target)
 
     def given(piece: Piece, slot: Slot) -> Operands:
-        x, *gradient = (place.view(slot.x) for place in sent(piece.plan.problem))
+        x, *gradient = (ring.view(place, slot.x) for place in sent(piece.plan.problem))
         return replace(operands, x=x, k=gradient[0]) if gradient else replace(operands, x=x)
 
     def launch(piece: Piece, slot: Slot) -> None:
         part = piece.plan.problem
-        target = made(part).view(slot.y if summand is None else summand)
+        target = ring.view(made(part), slot.y if summand is None else summand)
         implementation.run(piece.plan, given(piece, slot), target)
         if summand is not None:
-            ring.add(target, total(part).view(slot.y), piece is pieces[0])
+            ring.add(target, ring.view(total(part), slot.y), piece is pieces[0])
         debug.launched(name, part)
 
     def drain(piece: Piece, slot: Slot) -> None:
@@ -178,12 +179,27 @@ def compute(
             with np.errstate(all="ignore"):  # a sum may be too large for the type of the result
                 y[...] = total(part).view(slot.received)
 
-    with pinned.ring() as ring:
+    with _ring(operands.ordinal) as ring:
+        operands = replace(operands, stream=ring.begin(operands.stream))
         slots = [Slot(*memory) for memory in _slots(ring, pieces)]
         summand = ring.scratch(made(pieces[0].plan.problem).stop) if adds_up(pieces) else None
-        if problem.op == "forward":
+        if problem.op == "forward" or (problem.op == "input_grad" and isinstance(operands.k, np.ndarray)):
             operands = replace(operands, packed=pack(pieces[0].plan, given(pieces[0], slots[0])))
         run(pieces, slots, ring, Steps(fill, launch, drain))
+
+
+@contextmanager
+def _ring(ordinal: int | None) -> Iterator[pinned.Ring]:
+    """The lanes of a GPU, which is current meanwhile: by CuPy, or where that is missing by Numba."""
+    if dispatch.has_cupy():
+        with pinned.ring(pinned.CupyRing, ordinal) as ring:
+            yield ring
+        return
+    from gpuconv.backends.numba_cuda import launch
+    from gpuconv.backends.numba_cuda.ring import NumbaRing
+
+    with launch.on_gpu(ordinal), pinned.ring(NumbaRing, ordinal) as ring:
+        yield ring
 
 
 def _slots(ring: pinned.Ring, pieces: list[Piece]) -> list[tuple[Array, Array, Array, Array]]:

@@ -184,6 +184,24 @@ def test_patches_kernels_fit_in_registers(op, x, y, tmp_path):
 
 
 @needs_ptxas
+@pytest.mark.parametrize(
+    ("summand", "total"),
+    [("float32", "float64"), ("complex64", "complex128"), ("complex128", "complex128"), ("int64", "int64")],
+)
+def test_the_kernel_that_adds_up_pieces_fits_in_registers(summand, total, tmp_path):
+    from numba.cuda import types
+
+    from gpuconv.backends.numba_cuda import ring
+
+    for first in (True, False):
+        library = lowered(ring.build(first), vector(summand), vector(total), types.int64)
+        for cc in ARCHITECTURES:
+            figures = assemble(ptx_of(library, cc), cc, tmp_path)
+            assert figures["stack"] == figures["spill_stores"] == figures["spill_loads"] == 0, (cc, figures)
+            assert figures["registers"] <= 64
+
+
+@needs_ptxas
 def test_a_spill_is_seen(tmp_path):
     """The test above can fail: a tile too large for the registers is caught."""
     greedy = direct.Tile(threads_o=16, threads_p=16, rows=16, columns=16, depth=8)

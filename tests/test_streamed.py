@@ -237,10 +237,10 @@ class Failure(Exception):
 
 STEPS = {
     "copy on the host": (streaming, "_copy"),
-    "copy over the bus": (pinned.Ring, "_ask"),
-    "mark": (pinned.Ring, "record"),
-    "wait": (pinned.Ring, "wait"),
-    "wait on the host": (pinned.Ring, "reach"),
+    "copy over the bus": (pinned.CupyRing, "_ask"),
+    "mark": (pinned.CupyRing, "record"),
+    "wait": (pinned.CupyRing, "wait"),
+    "wait on the host": (pinned.CupyRing, "reach"),
     "launch": (dispatch.implementation("cupy.gemm"), "run"),
 }
 
@@ -272,6 +272,25 @@ def test_after_an_error_in_any_step_the_next_call_is_right(tiny, monkeypatch, st
         assert all(stream.done == len(stream.asked) for stream in fake_cupy.STREAMS.values())
         np.testing.assert_array_equal(run(device="cuda"), expected)
     assert tiny[-1] > 1
+
+
+@of_the_stand_in
+@pytest.mark.parametrize("device", [0, 1])
+def test_the_default_streams_of_two_gpus_are_two_streams(device):
+    """Both are at address 0."""
+    made = []
+
+    class Default(fake_cupy.CurrentStream):
+        def record(self, event: Any) -> Any:
+            made.append("record")
+            return event
+
+        def wait_event(self, event: Any) -> None:
+            made.append("wait")
+
+    arrays.wait_for(Default(), device)
+    arrays.hand_back(Default(), device)
+    assert made == (["record", "wait"] if device else [])
 
 
 def test_clear_while_calls_run(tiny):
@@ -315,7 +334,7 @@ def test_without_a_wait_is_wrong(tiny, monkeypatch, missing):
     """The stand-in's copies land late enough to show it."""
     rng = np.random.default_rng(13)
     x, k = integers(rng, (12, 4, 8, 8)), integers(rng, (8, 4, 3, 3))
-    monkeypatch.setattr(pinned.Ring, missing, lambda *_: None)
+    monkeypatch.setattr(pinned.CupyRing, missing, lambda *_: None)
     found = conv2d(x, k, device="cuda")
     assert not np.array_equal(found, conv2d(x, k, backend="numpy.reference"))
 
@@ -384,7 +403,8 @@ print("the same")
 """
 
 
+@pytest.mark.skipif(in_child, reason="a process of its own")
 def test_a_kernel_of_our_own_gives_the_same_bits_in_pieces():
-    """In Numba's simulator, on reals: rows of one image, and images of a batch."""
-    found = calls.child(SAME_BITS, GPUCONV_TEST_FAKE_CUPY="1", NUMBA_ENABLE_CUDASIM="1")
+    """In Numba's simulator, on reals: rows of one image, and images of a batch; also where a GPU has little room."""
+    found = calls.child(SAME_BITS, limit=300, GPUCONV_TEST_FAKE_CUPY="1", NUMBA_ENABLE_CUDASIM="1")
     assert found.strip() == "the same"

@@ -204,8 +204,8 @@ def test_through_a_gpu_that_is_too_small_for_it(tiny):  # noqa: F811
 @of_the_stand_in
 def test_the_sum_comes_down_once(tiny, monkeypatch):  # noqa: F811
     asked = []
-    real = pinned.Ring._ask
-    monkeypatch.setattr(pinned.Ring, "_ask", lambda *given: asked.append((given[1], given[4])) or real(*given))
+    real = pinned.CupyRing._ask
+    monkeypatch.setattr(pinned.CupyRing, "_ask", lambda *given: asked.append((given[1], given[4])) or real(*given))
     x, dy = operands((40, 4, 8, 8), (4, 4, 3, 3))
     conv2d_weight(x, (4, 4, 3, 3), dy, device="cuda")
     downloads = [size for lane, size in asked if lane == "download"]
@@ -218,7 +218,7 @@ def test_the_sum_comes_down_once(tiny, monkeypatch):  # noqa: F811
 def test_without_a_wait_is_wrong(tiny, monkeypatch, missing):  # noqa: F811
     """The stand-in's copies land late enough to show it."""
     x, dy = operands((40, 4, 8, 8), (4, 4, 3, 3))
-    monkeypatch.setattr(pinned.Ring, missing, lambda *_: None)
+    monkeypatch.setattr(pinned.CupyRing, missing, lambda *_: None)
     found = conv2d_weight(x, (4, 4, 3, 3), dy, device="cuda")
     assert not np.array_equal(found, conv2d_weight(x, (4, 4, 3, 3), dy, backend="numpy.reference"))
 
@@ -278,7 +278,8 @@ print("right")
 """
 
 
+@pytest.mark.skipif(in_child, reason="a process of its own")
 def test_by_a_kernel_of_our_own():
     """In Numba's simulator, on the stand-in for CuPy."""
-    found = calls.child(DIRECT, GPUCONV_TEST_FAKE_CUPY="1", NUMBA_ENABLE_CUDASIM="1")
+    found = calls.child(DIRECT, limit=300, GPUCONV_TEST_FAKE_CUPY="1", NUMBA_ENABLE_CUDASIM="1")
     assert found.strip() == "right"

@@ -375,6 +375,12 @@ def test_what_the_pieces_of_a_weight_gradient_are_added_up_in(code, summand, tot
     assert (problem.y_dtype, cutting.total(problem).dtype) == (summand, total)
 
 
+def test_sizes_beyond_all_memory_take_no_time():
+    """``explain`` takes shapes that no array has."""
+    for op in ("", "_wgrad"):
+        assert cut(f"n4096c64h65536w65536_o64kh3kw3_p1{op}") is None
+
+
 def test_a_kernel_larger_than_its_images_is_not_cut():
     """Its sum and one summand would not leave room for the scratch of a piece."""
     assert cut("n40c2048h9w9_o2048kh3kw3_p1_wgrad", limit=64 * MiB) is None
@@ -479,7 +485,7 @@ def test_all_lanes_are_waited_for_where_one_fails():
             if self.error is not None:
                 raise self.error
 
-    ring = pinned.Ring.__new__(pinned.Ring)
+    ring = pinned.CupyRing.__new__(pinned.CupyRing)
     ring.streams = {name: Stream(name, KeyboardInterrupt()) for name in (UPLOAD, DOWNLOAD)} | {COMPUTE: Stream(COMPUTE)}
     with pytest.raises(KeyboardInterrupt):
         ring.settle()

@@ -33,6 +33,9 @@ def turner(dtype: str) -> Any:
 
 def bits(array: Any) -> Any:
     """A view of an operand whose elements kernels copy, in the machine's byte order."""
+    if isinstance(array, Flat):
+        vector = array.vector
+        return Flat(vector.view(np.uint16) if vector.dtype == np.float16 else vector, array.offset, array.strides)
     array = arrays.native(array) if isinstance(array, np.ndarray) else array
     return array.view(_BITS[array.dtype.name])
 

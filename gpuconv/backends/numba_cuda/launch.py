@@ -72,14 +72,16 @@ class Flat:
 
 
 def resident(array: Any) -> bool:
-    """Whether an array is in a GPU's memory."""
-    return not isinstance(array, np.ndarray)
+    """Whether an array is CuPy's, in a GPU's memory; a Flat is Numba's own."""
+    return not isinstance(array, (np.ndarray, Flat))
 
 
 def flat(array: Any, on: Any = 0) -> Flat:
     """A GPU array in place, or a host array uploaded, on the stream ``on``, in its own memory order."""
     from numba import cuda
 
+    if isinstance(array, Flat):
+        return array
     if not resident(array):
         array = arrays.native(array)
         axes = _memory_order(array)
@@ -105,6 +107,9 @@ def output(out: Any, on: Any = 0) -> Iterator[Flat]:
     """Where the kernel writes ``out``: in place on a GPU, else device memory that is downloaded at the end."""
     from numba import cuda
 
+    if isinstance(out, Flat):
+        yield out
+        return
     if resident(out):
         target = out if all(step % out.itemsize == 0 for step in out.strides) else out.copy()
         yield flat(target)
