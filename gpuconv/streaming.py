@@ -78,7 +78,7 @@ class Slot:
 class _Sized(Protocol):
     @property
     def x_bytes(self) -> int:
-        """Bytes that go up."""
+        """Bytes that go up; none of images that are padding alone."""
 
     @property
     def y_bytes(self) -> int:
@@ -118,7 +118,8 @@ def run(pieces: Iterable[P], slots: Sequence[Slot], lanes: Lanes, steps: Steps[P
                 land()
             slot = slots[turn % len(slots)]
             steps.fill(piece, slot)
-            lanes.upload(slot, piece.x_bytes)
+            if piece.x_bytes:
+                lanes.upload(slot, piece.x_bytes)
             lanes.wait(COMPUTE, lanes.record(UPLOAD))
             steps.launch(piece, slot)
             lanes.wait(DOWNLOAD, lanes.record(COMPUTE))

@@ -274,6 +274,25 @@ def test_after_an_error_in_any_step_the_next_call_is_right(tiny, monkeypatch, st
     assert tiny[-1] > 1
 
 
+@pytest.mark.parametrize("shape", [(9, 2, 0, 8), (1, 2, 0, 8), (9, 2, 8, 0), (9, 0, 8, 8), (0, 2, 8, 8)], ids=str)
+def test_empty_arrays(tiny, shape):
+    """Nothing goes up, or nothing at all; images of padding alone are cut like others."""
+    k, bias = integers(np.random.default_rng(19), (2, shape[1], 3, 3)), np.arange(2, dtype=np.float32)
+    options = {"padding": 20, "padding_value": 3}
+    y = conv2d(np.zeros(shape, np.float32), k, bias, device="cuda", **options)
+    np.testing.assert_array_equal(y, conv2d(np.zeros(shape), k, bias, backend="numpy.reference", **options))
+    dk = gpuconv.grad.conv2d_weight(np.zeros(shape, np.float32), k.shape, y, padding=20, device="cuda")
+    assert (dk.shape, dk.any()) == (k.shape, False)
+    assert max(tiny, default=0) > 1 or 0 in shape[:2]
+
+
+def test_an_image_larger_than_all_page_locked_memory_is_moved_whole(tiny, monkeypatch):
+    monkeypatch.setattr(cutting, "RING", 64)
+    x, k = integers(np.random.default_rng(20), (3, 2, 30, 8)), integers(np.random.default_rng(21), (2, 2, 3, 3))
+    np.testing.assert_array_equal(conv2d(x, k, device="cuda"), conv2d(x, k, backend="numpy.reference"))
+    assert tiny == [0]
+
+
 @of_the_stand_in
 @pytest.mark.parametrize("device", [0, 1])
 def test_the_default_streams_of_two_gpus_are_two_streams(device):

@@ -68,8 +68,11 @@ for options in ({"padding": 1}, {"layout": "NHWC", "padding": ((2, 0), (1, 1)), 
         found = gpuconv.conv2d(x.astype(">f4"), k, bias, device="cuda", **options)
         assert np.array_equal(found, gpuconv.conv2d(x, k, bias, backend="numpy.reference", **options)), options
         assert cuts[-1] > 1
+sums = gpuconv.conv2d(np.zeros((4, 2, 0, 3), "f"), k, padding=2, padding_value=1, device="cuda")
+assert (sums[:, :, :, 2:-2] == k.sum((1, 2, 3))[:, None, None]).all()
+assert cuts[-1] > 1
 layer = gpuconv.Conv2d(k, device="cuda")
-x, wanted = integers((9, 2, 5, 4)), None
+x = integers((9, 2, 5, 4))
 for _ in range(3):
     assert np.array_equal(layer(x), gpuconv.conv2d(x, k, backend="numpy.reference"))
 for name, groups in (("numba_cuda.depthwise", 2), ("numba_cuda.implicit_gemm", 1)):

@@ -75,13 +75,11 @@ class NumbaRing(pinned.Ring):
 
     def upload(self, slot: Slot, size: int) -> None:
         """In the background, because the host's memory is page-locked and a stream is given."""
-        if size:
-            slot.x[:size].copy_to_device(slot.sent[:size], stream=self.streams["upload"])
+        slot.x[:size].copy_to_device(slot.sent[:size], stream=self.streams["upload"])
 
     def download(self, slot: Slot, size: int) -> None:
         """As ``upload``."""
-        if size:
-            slot.y[:size].copy_to_host(slot.received[:size], stream=self.streams["download"])
+        slot.y[:size].copy_to_host(slot.received[:size], stream=self.streams["download"])
 
     def record(self, lane: str) -> Any:
         """An event that takes no time."""
