@@ -184,7 +184,8 @@ def compute(
         operands = replace(operands, stream=ring.begin(operands.stream))
         slots = [Slot(*memory) for memory in _slots(ring, pieces)]
         summand = ring.scratch(made(pieces[0].plan.problem).stop) if adds_up(pieces) else None
-        if problem.op == "forward" or (problem.op == "input_grad" and isinstance(operands.k, np.ndarray)):
+        # Without CuPy the kernel of an input gradient is not on the GPU yet, and goes up once, not with every piece.
+        if problem.op == "forward" or (problem.op == "input_grad" and not dispatch.has_cupy()):
             operands = replace(operands, packed=pack(pieces[0].plan, given(pieces[0], slots[0])))
         run(pieces, slots, ring, Steps(fill, launch, drain))
 
