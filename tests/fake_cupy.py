@@ -151,18 +151,20 @@ def gemm_strided_batched_ex(
     wide = _dtype(c_type)
     scalar = np.dtype({69: "float32", 77: "float32", 71: "float64"}[compute])
     scalar = np.result_type(scalar, np.complex64) if wide.kind == "c" else scalar
-    one, zero = (np.frombuffer((ctypes.c_char * scalar.itemsize).from_address(p), scalar)[0] for p in (alpha, beta))
-    assert (one, zero) == (1, 0)
+    one, more = (np.frombuffer((ctypes.c_char * scalar.itemsize).from_address(p), scalar)[0] for p in (alpha, beta))
+    assert one == 1 and more in (0, 1)
     left = left.swapaxes(1, 2) if trans_a else left
     right = right.swapaxes(1, 2) if trans_b else right
     with np.errstate(all="ignore"):
-        out[...] = left.astype(wide) @ right.astype(wide)
+        product = left.astype(wide) @ right.astype(wide)
+        out[...] = product + out if more else product  # with a beta of 0 it is not read
 
 
 class Device:
     def __init__(self, ordinal: int = 0) -> None:
         self.id = ordinal
         self.attributes = {"L2CacheSize": 50 << 20}
+        self.compute_capability = "90"
 
     def __enter__(self) -> Device:
         return self
@@ -289,6 +291,7 @@ def modules() -> dict[str, ModuleType]:
         return array
 
     cupy.empty = empty
+    cupy.lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=np.lib.stride_tricks.as_strided))
     cupy.empty_like = lambda array: empty(array.shape, array.dtype)
     cupy.RawKernel = RawKernel
     cupy.ElementwiseKernel = ElementwiseKernel

@@ -92,8 +92,9 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     columns, sums = columns_and_sums(problem)
     raw = dtypes.itemsize(problem.x_dtype) if columns != problem.x_dtype else 0
     return gemm_gradients.plan(
-        NAME, problem, limit, columns, sums, raw, False, LONGEST_SUM, _half_cache(target.ordinal), _PRODUCTS
-    )
+        NAME, problem, limit, columns, sums, raw, False, LONGEST_SUM, _half_cache(target.ordinal), _PRODUCTS,
+        _balance(target.ordinal, columns),
+    )  # fmt: skip
 
 
 # Products of a chunk, at least: about 100 µs of the fastest GPUs' float32 units, which hide the 50 µs or so that Python
@@ -109,6 +110,27 @@ def _half_cache(ordinal: int | None) -> int:
     import cupy
 
     return int(cupy.cuda.Device(ordinal).attributes["L2CacheSize"]) // 2
+
+
+# Floating-point operations of float32, float64 and 16 bits, the last on tensor cores with sums in float32, while a
+# multiprocessor reads a byte of the cache, of which it gets half of 64 in a clock: by the white papers of the A100 and
+# the H100. Of other GPUs what the slowest do: too few make the kernel's rows look slow, and columns are made.
+_BALANCES = {"80": (4, 2, 64), "90": (8, 4, 128)}
+_SLOWEST = 4, 1 / 8, 16
+
+
+@lru_cache(maxsize=256)
+def _balance(ordinal: int | None, dtype: str) -> float | None:
+    """Floating-point operations of a GPU per byte from its cache, for products of ``dtype``; None where not known."""
+    kinds = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 2}
+    if dtype not in kinds:
+        return None
+    capability = "90"  # of an H100, as above
+    if ordinal is not None and unavailable() is None:
+        import cupy
+
+        capability = str(cupy.cuda.Device(ordinal).compute_capability)
+    return _BALANCES.get(capability, _SLOWEST)[kinds[dtype]]
 
 
 pack_key = orchestration.pack_key
@@ -232,18 +254,18 @@ COMPUTE_32F_PEDANTIC, COMPUTE_32F_FAST_TF32, COMPUTE_64F_PEDANTIC = 69, 77, 71
 _DEFAULT_ALGORITHM = -1
 
 
-def gemm(problem: Conv2dProblem, a: Any, b: Any, out: Any) -> None:
-    """Multiply a (g, M, K) by b (n, g, K, P) into out (n, g, M, P)."""
+def gemm(problem: Conv2dProblem, a: Any, b: Any, out: Any, accumulate: bool = False) -> None:
+    """Multiply a (g, M, K) by b (n, g, K, P) into out (n, g, M, P), or add the product to it."""
     import cupy
     from cupy_backends.cuda.libs import cublas
 
     handle = cupy.cuda.device.get_cublas_handle()
-    for arguments in gemm_calls(problem.precision, a, b, out):
+    for arguments in gemm_calls(problem.precision, a, b, out, accumulate):
         cublas.gemmStridedBatchedEx(handle, *arguments)
         debug.launched("a product by cuBLAS", problem)
 
 
-def gemm_calls(precision: str, a: Any, b: Any, out: Any) -> Iterator[tuple[int, ...]]:
+def gemm_calls(precision: str, a: Any, b: Any, out: Any, accumulate: bool = False) -> Iterator[tuple[int, ...]]:
     """The arguments of cublasGemmStridedBatchedEx behind the handle: one call per image or per group, the fewer.
 
     cuBLAS is column-major. A row-major out = a·b is, to it, outᵀ = bᵀ·aᵀ; a column-major out is out = a·b.
@@ -258,6 +280,7 @@ def gemm_calls(precision: str, a: Any, b: Any, out: Any) -> Iterator[tuple[int, 
         tf32 = precision == "medium" and a.dtype.name == "float32"
         compute = COMPUTE_32F_FAST_TF32 if tf32 else COMPUTE_32F_PEDANTIC
     one, zero = _scalars(("complex" if complex_ else "float") + str(out.itemsize * 8))
+    beta = one if accumulate else zero  # in the type of the sums, which out has
     batch_images = images >= groups
     a_step, b_step, out_step = (
         (0, b.strides[0], out.strides[0]) if batch_images else (a.strides[0], b.strides[1], out.strides[1])
@@ -271,10 +294,10 @@ def gemm_calls(precision: str, a: Any, b: Any, out: Any) -> Iterator[tuple[int, 
         batch = images if batch_images else groups
         if out_rows:
             # To cuBLAS a row-major matrix is its transpose: it goes in as it is (0), a column-major one turned (1).
-            yield (int(not b_rows), int(not a_rows), P, M, K, one, *b_call, *a_call, zero, *out_call, batch, compute,
+            yield (int(not b_rows), int(not a_rows), P, M, K, one, *b_call, *a_call, beta, *out_call, batch, compute,
                    _DEFAULT_ALGORITHM)  # fmt: skip
         else:
-            yield (int(a_rows), int(b_rows), M, P, K, one, *a_call, *b_call, zero, *out_call, batch, compute,
+            yield (int(a_rows), int(b_rows), M, P, K, one, *a_call, *b_call, beta, *out_call, batch, compute,
                    _DEFAULT_ALGORITHM)  # fmt: skip
 
 

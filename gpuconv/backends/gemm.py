@@ -6,7 +6,7 @@ What differs between NumPy and CuPy is four primitives, passed in as ``library``
 
 - ``index_tables(problem)``: the index tables, in memory that im2col reads
 - ``im2col(problem, tables, x, i, j, out)``: gather the windows of output rows ``i`` and columns ``j``
-- ``gemm(a, b, out)``: a (g, M, K) times b (n, g, K, P) into out (n, g, M, P), any strides
+- ``gemm(a, b, out)``: a (g, M, K) times b (n, g, K, P) into out (n, g, M, P), or added to it, any strides
 - ``epilogue(problem, sums, bias, out)``: bias, activation and the rounding into the result
 
 Columns are made for a chunk at a time and never for the whole problem. A 1×1 convolution of stride 1 without padding
@@ -40,8 +40,8 @@ class Library(Protocol):
     def im2col(self, problem: Conv2dProblem, tables: Tables, x: Any, i: slice, j: slice, out: Any) -> None:
         """Gather windows: x (n, g, C, H, W) into out (n, g, C, KH, KW, rows, columns)."""
 
-    def gemm(self, problem: Conv2dProblem, a: Any, b: Any, out: Any) -> None:
-        """Multiply a (g, M, K) by b (n, g, K, P) into out (n, g, M, P)."""
+    def gemm(self, problem: Conv2dProblem, a: Any, b: Any, out: Any, accumulate: bool = False) -> None:
+        """Multiply a (g, M, K) by b (n, g, K, P) into out (n, g, M, P), or add the product to it."""
 
     def epilogue(self, problem: Conv2dProblem, sums: Any, bias: Any | None, out: Any) -> None:
         """Finish sums (n, g, O, rows, columns) into out of the same shape; bias is (g, O, 1, 1)."""
@@ -111,7 +111,7 @@ def run_forward(library: Library, plan: Plan, operands: Operands, out: Any) -> N
     """Write the convolution of the library's own arrays into ``out``."""
     problem, xp = plan.problem, library.xp
     groups = problem.groups
-    channels_last = _channels_last(problem)
+    channels_last = channels_together(problem)
     sums_dtype = dtypes.numpy_dtype(plan.sums_in)
     matrix = pack(library, plan, operands) if operands.packed is None else operands.packed
     x = operands.x
@@ -145,8 +145,8 @@ def _are_matrices(plan: Plan, x: Any, out: Any) -> bool:
     return found and _matrices(x) is not None and _matrices(out) is not None
 
 
-def _channels_last(problem: Conv2dProblem) -> bool:
-    """Whether columns keep the channels together; with few of them, their runs are too short to be worth it."""
+def channels_together(problem: Conv2dProblem) -> bool:
+    """Whether columns, and so the matrix of a kernel, keep the channels together; runs of few are not worth it."""
     return problem.layout == "NHWC" and problem.C // problem.groups >= 8
 
 
@@ -160,13 +160,13 @@ def grouped_bias(plan: Plan, operands: Operands) -> Any | None:
 
 def pack_key(plan: Plan) -> Any:
     """What the packed kernel depends on besides the kernel."""
-    return plan.config["columns_in"], _channels_last(plan.problem)
+    return plan.config["columns_in"], channels_together(plan.problem)
 
 
 def pack(library: Library, plan: Plan, operands: Operands) -> Any:
     """The kernel as matrices (g, O, K), K in the order of the columns, minus its zero point."""
     problem = plan.problem
-    k = operands.k.transpose(0, 1, 3, 4, 2) if _channels_last(problem) else operands.k
+    k = operands.k.transpose(0, 1, 3, 4, 2) if channels_together(problem) else operands.k
     matrix = k.reshape((problem.groups, problem.O // problem.groups, problem.products))
     matrix = matrix.astype(dtypes.numpy_dtype(plan.config["columns_in"]), copy=False)
     if operands.k_zero_point is not None:

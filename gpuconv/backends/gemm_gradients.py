@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpuconv import dtypes, schedule
-from gpuconv.backends import phases
+from gpuconv.backends import gemm_rows, phases
 from gpuconv.backends.gemm import Library, plan_forward, run_forward
 from gpuconv.backends.protocol import Operands, Plan
 from gpuconv.problem import Conv2dProblem
@@ -31,14 +31,20 @@ def plan(
     longest_sum: int,
     ample: int | None = None,
     products: int = 0,
+    balance: float | None = None,
 ) -> Plan:
     """Choose the chunks; ``raw_bytes`` per column element, and a padded patch, are what im2col needs. A product of a
     weight gradient sums over at most ``longest_sum`` pixels. With ``ample``, a chunk has no more scratch than that many
-    bytes, or than ``products`` products take.
+    bytes, or than ``products`` products take. With ``balance``, as ``gemm_rows`` has it, a forward convolution is one
+    product per row of the kernel where that should be better.
     """
 
     def forward(part: Conv2dProblem) -> Plan:
-        return plan_forward(name, part, limit, columns_in, sums_in, raw_bytes, patch, ample, products)
+        columns = plan_forward(name, part, limit, columns_in, sums_in, raw_bytes, patch, ample, products)
+        if ample is None or balance is None or not gemm_rows.serves(part, columns_in, sums_in):
+            return columns
+        rows = gemm_rows.plan(name, part, limit, columns_in, sums_in, ample, products)
+        return rows if rows is not None and gemm_rows.better(columns, rows, ample, balance) else columns
 
     if problem.op == "input_grad":
         return phases.plan(forward, problem)
@@ -51,12 +57,16 @@ def plan(
 
 def run(library: Library, plan: Plan, operands: Operands, out: Any) -> None:
     """Write the result of the library's own arrays into ``out``."""
+
+    def forward(part: Plan, given: Operands, result: Any) -> None:
+        (gemm_rows.run if "rows" in part.config else run_forward)(library, part, given, result)
+
     if plan.problem.op == "input_grad":
-        phases.run(lambda *part: run_forward(library, *part), plan, operands, out)
+        phases.run(forward, plan, operands, out)
     elif plan.problem.op == "weight_grad":
         run_weight_grad(library, plan, operands, out)
     else:
-        run_forward(library, plan, operands, out)
+        forward(plan, operands, out)
 
 
 # What the products of chunks are added up in.

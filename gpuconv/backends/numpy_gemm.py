@@ -76,14 +76,14 @@ def im2col(problem: Conv2dProblem, given: orchestration.Tables, x: Any, i: slice
             windows.tap(p, q, out[:, :, :, p, q])
 
 
-def gemm(problem: Conv2dProblem, a: Any, b: Any, out: Any) -> None:
-    """Multiply a (g, M, K) by b (n, g, K, P) into out (n, g, M, P)."""
+def gemm(problem: Conv2dProblem, a: Any, b: Any, out: Any, accumulate: bool = False) -> None:
+    """Multiply a (g, M, K) by b (n, g, K, P) into out (n, g, M, P), or add the product to it."""
     layout = orchestration.blas_layout(out.shape[2:], tuple(step // out.itemsize for step in out.strides[2:]))
     if layout is not None and not layout[0]:
         # NumPy hands a product to BLAS only when its rows are contiguous: (K·columns)ᵀ = columnsᵀ·Kᵀ.
-        products.matmul(b.swapaxes(-1, -2), a.swapaxes(-1, -2), out.swapaxes(-1, -2))
+        products.matmul(b.swapaxes(-1, -2), a.swapaxes(-1, -2), out.swapaxes(-1, -2), accumulate)
     else:
-        products.matmul(a, b, out)
+        products.matmul(a, b, out, accumulate)
 
 
 def epilogue(problem: Conv2dProblem, sums: Any, bias: Any | None, out: Any) -> None:

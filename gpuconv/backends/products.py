@@ -12,18 +12,23 @@ _LONG, _BLOCK = 1024, 512
 _UNBLOCKED = 2e6  # multiplications; OpenBLAS's kernels for small matrices end at about half of that
 
 
-def matmul(a: Any, b: Any, out: Any) -> None:
-    """``out = a @ b`` for stacks of matrices; a long sum over the products of a small one is made of short sums.
+def matmul(a: Any, b: Any, out: Any, accumulate: bool = False) -> None:
+    """``out = a @ b``, or ``out += a @ b``, for stacks of matrices; a long sum over the products of a small one is made
+    of short sums.
 
     One running float32 sum over thousands of products of one sign loses a digit that short sums keep.
     """
     rows, length, columns = a.shape[-2], a.shape[-1], b.shape[-1]
-    if length <= _LONG or (min(rows, columns) > 1 and rows * columns * length > _UNBLOCKED):
-        np.matmul(a, b, out=out)
+    short = length <= _LONG or (min(rows, columns) > 1 and rows * columns * length > _UNBLOCKED)
+    step = max(length, 1) if short else _BLOCK
+    first = 0
+    if not accumulate:
+        np.matmul(a[..., :step], b[..., :step, :], out=out)
+        first = step
+    if first >= length:
         return
-    np.matmul(a[..., :_BLOCK], b[..., :_BLOCK, :], out=out)
     part = np.empty_like(out)
-    for start in range(_BLOCK, length, _BLOCK):
-        block = slice(start, start + _BLOCK)
+    for start in range(first, length, step):
+        block = slice(start, start + step)
         np.matmul(a[..., block], b[..., block, :], out=part)
         out += part
