@@ -184,8 +184,8 @@ def _gpus() -> list[str]:
 
 
 def clear() -> None:
-    """Release cached plans, compiled kernels' handles, every ``Conv2d``'s packed and uploaded kernels, the page-locked
-    memory through which NumPy arrays reach a GPU, and what CuPy's pools hold free.
+    """Release cached plans, compiled kernels' handles, every ``Conv2d``'s packed and uploaded kernels, index tables on
+    GPUs, the page-locked memory through which NumPy arrays reach them, and what CuPy's pools hold free.
 
     Nothing but time is lost: the next call makes again what it needs. Arrays that are in use stay as they are.
 
@@ -200,6 +200,7 @@ def clear() -> None:
         "depthwise_shape": ("block",),
         "depthwise_run": ("kernel",),
         "patches": ("kernel",),
+        "uploads": ("KEPT",),
         "implicit_gemm_run": ("kernel", "packer", "adder"),
         "implicit_gemm_mma_run": ("kernel", "turner"),
         "ring": ("adder",),

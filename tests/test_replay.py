@@ -20,11 +20,11 @@ if SIMULATED:
 import gpuconv
 from gpuconv.backends.numba_cuda import launch, replay, tensor_shape
 
-QUICK = "mma-NCHW or gemm-NHWC or alive or threads"
+QUICK = "mma-NCHW or gemm-NHWC or alive or threads or tables"
 
 
 @pytest.mark.parametrize(
-    ("part", "at_least"), [(QUICK, 4), pytest.param(f"not ({QUICK})", 5, marks=pytest.mark.full)], ids=["quick", "long"]
+    ("part", "at_least"), [(QUICK, 8), pytest.param(f"not ({QUICK})", 5, marks=pytest.mark.full)], ids=["quick", "long"]
 )
 def test_in_the_simulator(part, at_least):
     file = str(Path(__file__).with_name("test_replay_simulated.py"))

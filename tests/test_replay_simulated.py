@@ -34,6 +34,7 @@ from gpuconv.backends.numba_cuda import (
     replay,
     tensor_shape,
     tiles,
+    uploads,
 )
 
 pytestmark = SIMULATOR_MARKS
@@ -211,3 +212,39 @@ def test_clear_keeps_nothing_and_the_next_call_is_right():
     wanted = layer(x, out=room(layer, x)).tobytes()
     gpuconv.clear()
     assert layer(x, out=room(layer, x)).tobytes() == wanted
+
+
+CALLS = {
+    "numba_cuda.direct": ("float32", {"padding": 1}, 2),
+    PLAIN: ("float32", {"padding": 1}, 2),
+    TENSOR: ("float16", {"padding": 1, "layout": "NHWC"}, 3),  # also 16 bytes of padding
+    "numba_cuda.depthwise": ("float32", {"padding": 1, "padding_mode": "reflect", "groups": 8}, 1),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_plain_calls_upload_their_tables_once(name, monkeypatch):
+    """And keep them until ``clear``."""
+    made: list[np.ndarray] = []
+    upload = uploads._uploaded
+    monkeypatch.setattr(uploads, "_uploaded", lambda like, values: (made.append(values), upload(like, values))[1])
+    monkeypatch.setattr(launch, "vector", of_no_values)
+    dtype, options, count = CALLS[name]
+    shape = (1, 2, 3, 8) if options.get("layout") == "NHWC" else (1, 8, 2, 3)
+    rng = np.random.default_rng(0)
+    x = rng.integers(-2, 3, shape).astype(dtype)
+    k = rng.integers(-2, 3, (8, 8 // options.get("groups", 1), 2, 2)).astype(dtype)
+    gpuconv.clear()
+    wanted = gpuconv.conv2d(x, k, backend=name, **options)
+    np.testing.assert_array_equal(wanted, gpuconv.conv2d(x, k, device="cpu", backend="numpy.reference", **options))
+    assert len(made) == count
+    assert gpuconv.conv2d(x, k, backend=name, **options).tobytes() == wanted.tobytes()
+    assert len(made) == count
+    gpuconv.clear()
+    assert not uploads.KEPT._found
+
+
+def of_no_values(like: Any, values: Any, dtype: Any, size: int = 1, on: Any = 0) -> Any:
+    """``launch.vector`` where there is nothing to upload: a missing bias."""
+    assert values is None
+    return np.zeros(size, dtype)

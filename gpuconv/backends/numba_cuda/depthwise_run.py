@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv import dtypes
-from gpuconv.backends.numba_cuda import depthwise_kernel, depthwise_loads, depthwise_shape, launch, ptx
+from gpuconv.backends.numba_cuda import depthwise_kernel, depthwise_loads, depthwise_shape, launch, ptx, uploads
 from gpuconv.backends.numba_cuda.depthwise_shape import Block, Shape
 from gpuconv.backends.numba_cuda.implicit_gemm_run import from_image
 from gpuconv.backends.numba_cuda.launch import Flat
@@ -114,6 +114,11 @@ def _aligned(dtype: str, flat: Flat, steps: tuple[int, ...]) -> bool:
     return all(place % ptx.VECTOR_BYTES == 0 for place in places)
 
 
+def _joined(*keys: tuple[Any, ...]) -> np.ndarray[Any, Any]:
+    """The index tables of ``uploads.axis_key``, one behind the other."""
+    return np.concatenate([uploads.index(key) for key in keys])
+
+
 def _reads(problem: Conv2dProblem, made: Block, like: Any, stream: Any) -> tuple[Any, tuple[Any, ...]]:
     """The table, of rows and then columns, or a number where none is read, and how a tile reads each axis."""
     axes = zip((made.rows, made.columns), depthwise_shape.steps_of(problem), strict=True)
@@ -121,10 +126,9 @@ def _reads(problem: Conv2dProblem, made: Block, like: Any, stream: Any) -> tuple
     if depthwise_shape.arithmetic(problem):
         tables, ends = _narrow(0), [(-low, 0) for low, _ in problem.padding]
     else:
-        joined = np.concatenate([table.index for table in problem.tables()])
-        start = len(problem.tables()[0].index)
-        tables = launch.vector(like, joined, np.dtype(np.int64), 1, stream)
-        ends = [(0, start - 1), (start, len(joined) - 1)]
+        tables = uploads.KEPT.get(like, stream, _joined, *(uploads.axis_key(problem, axis) for axis in (0, 1)))
+        start, columns = problem.table_spans(problem.OH, problem.OW)
+        ends = [(0, start - 1), (start, start + columns - 1)]
     number = _wide if made.shape.stride is None else _narrow
     return tables, tuple(
         number(value)

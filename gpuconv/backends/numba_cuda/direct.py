@@ -10,11 +10,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 from gpuconv import dtypes
 from gpuconv.backends import phases
-from gpuconv.backends.numba_cuda import launch
+from gpuconv.backends.numba_cuda import launch, uploads
 from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import NO_PADS, Conv2dProblem
@@ -185,9 +183,7 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
         zeros = vector(operands.k_zero_point, sum_dtype, problem.O)
         held = []  # until the stack unwinds: what was uploaded must outlive the kernels
         for part, tile in zip(plan.config["parts"], plan.config["tiles"], strict=True):
-            tables: list[Any] = []
-            for table in part.problem.tables():
-                tables += [vector(table.index, np.dtype(np.int64)), table.outer, table.inner]
+            tables = uploads.index_tables(part.problem, like, stream)
             held.append(tables)
             _launch(part, tile, stream, views(problem, part, x, k, y), bias, operands.bias is not None, tables, zeros)
 

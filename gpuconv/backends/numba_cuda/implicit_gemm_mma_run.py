@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from gpuconv import arrays, dtypes
-from gpuconv.backends.numba_cuda import channels_last, implicit_gemm_mma_kernel, implicit_gemm_run, launch, ptx
+from gpuconv.backends.numba_cuda import (
+    channels_last,
+    implicit_gemm_mma_kernel,
+    implicit_gemm_run,
+    launch,
+    ptx,
+    uploads,
+)
 from gpuconv.backends.numba_cuda.implicit_gemm_mma import Launch
 from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.backends.numba_cuda.replay import Step
@@ -64,7 +71,7 @@ def steps(cut: Launch, x: Flat, k: Any, y: Flat, bias: Any, has_bias: bool, like
     problem = cut.part.problem
     kind = dtypes.numpy_dtype(_BITS[problem.x_dtype])
     fill = np.full(ptx.VECTOR_BYTES // kind.itemsize, problem.fill, dtypes.numpy_dtype(problem.x_dtype)).view(kind)
-    border = launch.vector(like, fill, kind, len(fill), stream)
+    border = uploads.KEPT.get(like, stream, np.frombuffer, fill.tobytes(), kind)
     weights = k
     if isinstance(k, Flat):
         weights = launch.scratch(like, kind, max(cut.parts_packed * cut.panel_size, 1))

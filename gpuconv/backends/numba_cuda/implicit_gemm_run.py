@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv import dtypes
-from gpuconv.backends.numba_cuda import gathers, implicit_gemm_kernel, launch, panels, partials, ptx
+from gpuconv.backends.numba_cuda import gathers, implicit_gemm_kernel, launch, panels, partials, ptx, uploads
 from gpuconv.backends.numba_cuda.implicit_gemm import Launch
 from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.backends.numba_cuda.replay import Step
@@ -93,11 +93,16 @@ def left_of(problem: Conv2dProblem, partial: Any, part: int, plane: int) -> Flat
 def tables(problem: Conv2dProblem, x: Flat, like: Any, stream: Any) -> list[Any]:
     """The rows and columns that the windows read, as offsets in x: for each axis a vector and its two steps."""
     found: list[Any] = []
-    for table, stride in zip(problem.tables(), x.strides[3:], strict=True):
-        offsets = np.where(table.index >= 0, table.index * stride, gathers.OUTSIDE)
-        vector = launch.vector(like, offsets, np.dtype(np.int64), 1, stream)
-        found += [vector, _narrow(table.outer), _narrow(table.inner)]
+    for axis, stride in enumerate(x.strides[3:]):
+        vector = uploads.KEPT.get(like, stream, _offsets, uploads.axis_key(problem, axis), stride)
+        found += [vector, *map(_narrow, uploads.steps(problem, axis))]
     return found
+
+
+def _offsets(key: tuple[Any, ...], stride: int) -> np.ndarray[Any, Any]:
+    """The index table of ``uploads.axis_key`` as offsets of elements."""
+    indices = uploads.index(key)
+    return np.where(indices >= 0, indices * stride, gathers.OUTSIDE)
 
 
 def gather_of(cut: Launch, x: Flat) -> str:

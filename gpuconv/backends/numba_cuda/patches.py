@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv import arrays
-from gpuconv.backends.numba_cuda import launch
+from gpuconv.backends.numba_cuda import launch, uploads
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
@@ -63,10 +63,7 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
             image = arrays.native(like) if isinstance(like, np.ndarray) else like
             y = stack.enter_context(launch.output(out.view(word).reshape(windows), stream))
             x = launch.flat(image.view(word)[:, :, 0], stream)
-            tables: list[Any] = []
-            for table in problem.tables():
-                vector = launch.vector(like, table.index, np.dtype(np.int64), 1, stream)
-                tables += [vector, table.outer, table.inner]
+            tables = uploads.index_tables(problem, like, stream)
             function = kernel(patches_kernel.build_unfold, out.dtype.itemsize)
             function[blocks, _THREADS, stream](*x.arguments(), *y.arguments(), *tables, *windows)
         else:
