@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 # From sm_70 on an instruction is 16 bytes; the low 12 bits of the first 8 tell the operation and its operands' kinds.
+# On sm_75 an address in global memory that differs from thread to thread has codes of its own.
 _OPERATIONS = {
     0x223: "FFMA", 0x22B: "DFMA", 0x23C: "HMMA",
-    0x981: "LDG", 0xFAE: "LDGSTS", 0x984: "LDS", 0x83B: "LDSM", 0x983: "LDL",
-    0x986: "STG", 0x388: "STS", 0x988: "STS", 0x387: "STL", 0xB1D: "BAR",
+    0x381: "LDG", 0x981: "LDG", 0xFAE: "LDGSTS", 0x984: "LDS", 0x83B: "LDSM", 0x983: "LDL",
+    0x386: "STG", 0x986: "STG", 0x388: "STS", 0x988: "STS", 0x387: "STL", 0xB1D: "BAR",
 }  # fmt: skip
 # Of loads and stores, bits 9 to 11 of the other 8 bytes are how much one thread moves.
 _WIDTHS = {4: "", 5: ".64", 6: ".128"}

@@ -9,10 +9,12 @@ import re
 import subprocess
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from bench import machine_code
 from gpuconv import dtypes
 from gpuconv.backends import cupy_gemm
 from gpuconv.backends.numba_cuda import convert, direct
@@ -271,3 +273,52 @@ def test_the_im2col_kernel_counts_in_64_bits():
     assert not [text for text in declared if "long long" not in text and "axis" not in text]
     assert "blockIdx.x * (long long)blockDim.x" in source
     assert "(long long)gridDim.x * blockDim.x" in source
+
+
+# ---- the instructions that bench.machine_code counts
+
+MOVES = """
+.version 8.0
+.target sm_{cc}
+.address_size 64
+.visible .entry moves(.param .u64 from, .param .u64 to)
+{{
+    .reg .u64 %from, %to, %own; .reg .u32 %t, %near, %far; .reg .f32 %f, %v<4>;
+    .shared .align 16 .b8 memory[4096];
+    ld.param.u64 %from, [from];
+    ld.param.u64 %to, [to];
+    cvta.to.global.u64 %from, %from;
+    cvta.to.global.u64 %to, %to;
+    mov.u32 %t, %tid.x;
+    mul.wide.u32 %own, %t, {step};
+    add.u64 %from, %from, %own;
+    add.u64 %to, %to, %own;
+    ld.global.f32 %f, [%from];
+    st.global.f32 [%to], %f;
+    ld.global.v2.f32 {{%v0, %v1}}, [%from + 16];
+    st.global.v2.f32 [%to + 16], {{%v0, %v1}};
+    ld.global.v4.f32 {{%v0, %v1, %v2, %v3}}, [%from + 32];
+    st.global.v4.f32 [%to + 32], {{%v0, %v1, %v2, %v3}};
+    shl.b32 %near, %t, 2;
+    mov.u32 %far, memory;
+    add.u32 %near, %near, %far;
+    xor.b32 %far, %near, 64;
+    st.shared.f32 [%near], %f;
+    bar.sync 0;
+    ld.shared.f32 %f, [%far];
+    st.global.f32 [%to + 48], %f;
+    ret;
+}}
+"""
+
+
+@needs_ptxas
+@pytest.mark.parametrize("step", [64, 0], ids=["by thread", "all alike"])
+@pytest.mark.parametrize("cc", ARCHITECTURES, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
+def test_loads_and_stores_are_counted_on_every_architecture(cc, step):
+    """Their operation codes differ: on sm_75 also with whether an address is the same for all threads."""
+    ptx = MOVES.format(cc=f"{cc[0]}{cc[1]}", step=step)
+    figures = machine_code.assembled(SimpleNamespace(get_asm_strs=lambda cc: [ptx]), cc)
+    assert figures.clean and figures.shared == 4096
+    sized = {f"{name}{width}": 1 for name in ("LDG", "STG") for width in ("", ".64", ".128")}
+    assert figures.instructions == sized | {"STG": 2, "LDS": 1, "STS": 1, "BAR": 1}
