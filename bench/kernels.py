@@ -153,6 +153,30 @@ def implicit_gemm_mma(tile: Any, way: str, dtype: str, y_dtype: str) -> Configur
     return Configuration("implicit_gemm_mma", name, body, arguments, tile.threads, tile.registers, tile.dynamic_bytes)
 
 
+def winograd(kernel: str, *ways: Any) -> Configuration:
+    """A kernel of ``numba_cuda.winograd`` and what its ``build`` takes: weights, image, result or multiply."""
+    from numba.cuda import types
+
+    from gpuconv.backends.numba_cuda import winograd_kernels, winograd_multiply
+
+    vector, wide, narrow, flag = types.Array(types.float32, 1, "C"), types.int64, types.int32, types.boolean
+    view = vector, *[wide] * 6
+    table = types.Array(wide, 1, "C") if ways[:1] == ("tabled",) else narrow
+    arguments = {
+        "weights": (*view, vector, *[wide] * 4),
+        "image": (*view, vector, wide, *[narrow] * 8, table, *[narrow] * 4, types.float32),
+        "result": (vector, wide, narrow, wide, narrow, narrow, vector, flag, flag, *view, *[narrow] * 4),
+        "multiply": (vector, narrow, vector, narrow, vector, *[narrow] * 6),
+    }[kernel]
+    if kernel == "multiply":
+        (tile,) = ways
+        body = winograd_multiply.build(tile)
+        return Configuration("winograd", f"multiply {tile}", body, arguments, tile.threads, tile.registers)
+    body = getattr(winograd_kernels, f"build_{kernel}")(*ways)
+    name = " ".join(map(str, (kernel, *ways)))
+    return Configuration("winograd", name, body, arguments, winograd_kernels.threads(), None)
+
+
 # What each element type is multiplied as on tensor cores.
 WAYS = {"float32": ("3xtf32", "tf32"), "float16": ("float16",), "bfloat16": ("bfloat16",)}
 
@@ -165,6 +189,12 @@ FILTERS = (
     ("n1c3h1024w1024_o8kh5kw5_p2_", "along_columns"),
     ("n64c128h56w56_o128kh3kw3_d2p2g128_", "by_element"),
 )
+
+# The kernels of Winograd's convolution as NCHW and NHWC take them: how x is read, and y written.
+TRANSFORMS = (
+    ("weights",), ("image", "inside", False), ("image", "inside", True), ("result", False, True),
+    ("result", False, False), ("result", True, False),
+)  # fmt: skip
 
 # How x is read and y written: NCHW, NHWC, and sums over the batch, which leave parts.
 PATHS = (("across_pixels", "one_by_one"), ("along_channels", "along_outputs"), ("mixed", "along_pixels"))
@@ -182,6 +212,11 @@ def configurations(dtype: str) -> Iterator[Configuration]:
     for tile in tiles.TILES.get(dtype, ()):
         for gather, scatter in PATHS:
             yield implicit_gemm(dtype, tile, gather, scatter)
+    if dtype == "float32":
+        for kernel, *ways in TRANSFORMS:
+            yield winograd(kernel, *ways)
+        for tile in tiles.TILES[dtype]:
+            yield winograd("multiply", tile)
     for way in WAYS.get(dtype, ()):
         for tile in tensor_tile.tiles(way):
             for y_dtype in dict.fromkeys((dtype, "float32")):  # the result, and what parts leave

@@ -27,6 +27,7 @@ TABLE = (
     "numba_cuda.depthwise",
     "numba_cuda.implicit_gemm",
     "numba_cuda.implicit_gemm_mma",
+    "numba_cuda.winograd",
     "numba_cuda.patches",
     "numba_cpu.separable",
     "numba_cpu.winograd",

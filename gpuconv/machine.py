@@ -204,6 +204,7 @@ def clear() -> None:
         "implicit_gemm_run": ("kernel", "packer", "adder"),
         "implicit_gemm_mma_run": ("kernel", "turner"),
         "ring": ("adder",),
+        "winograd_run": ("weights_kernel", "image_kernel", "result_kernel", "multiply_kernel"),
     }
     for name, caches in kernels.items():
         module = sys.modules.get(f"gpuconv.backends.numba_cuda.{name}")

@@ -8,7 +8,7 @@ import pytest
 
 from gpuconv import Conv2dProblem, dispatch
 from gpuconv.backends.numba_cpu import microkernel, pixels_kernel
-from gpuconv.backends.numba_cuda import tensor_shape, tiles
+from gpuconv.backends.numba_cuda import tensor_shape, tiles, winograd
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "kernels.md"
@@ -40,6 +40,8 @@ def test_every_constant_is_that_of_the_code():
     assert f"each of {pixels_kernel.PIXELS[512][4]} pixels of a tile (with 4 vectors)" in TEXT
     assert f"{tiles.WIDE.outputs} output channels × {tiles.WIDE.pixels} pixels, {tiles.WIDE.rows} × 8 sums" in TEXT
     words = " ".join(TEXT.split())
+    assert f"in chunks of {winograd._CHUNK >> 20} MiB" in words
+    assert f"Sums of more than {winograd._SUM} channels" in words
     found = tensor_shape.TILES
     stages = f"{min(tile.stages for tile in found)} to {max(tile.stages for tile in found)}"
     largest = max(found, key=lambda tile: tile.outputs * tile.pixels)

@@ -39,7 +39,12 @@ from gpuconv.backends.numba_cuda import (
 
 pytestmark = SIMULATOR_MARKS
 PLAIN, TENSOR = "numba_cuda.implicit_gemm", "numba_cuda.implicit_gemm_mma"
-DTYPES = {PLAIN: np.float32, TENSOR: np.float16}
+WINOGRAD = "numba_cuda.winograd"
+DTYPES = {PLAIN: np.float32, TENSOR: np.float16, WINOGRAD: np.float32}
+# The kernel and the options that make the same result of the same image.
+KERNELS = {name: ((5, 8, 2, 2), {"padding": 1}) for name in (PLAIN, TENSOR)} | {
+    WINOGRAD: ((5, 8, 3, 3), {"padding": ((1, 2), (2, 1)), "precision": "high"})
+}
 
 
 def poisoned(size: Any, dtype: Any) -> np.ndarray:
@@ -108,10 +113,10 @@ def forbid(monkeypatch: Any, library: Any) -> None:
 
 def layer_of(name: str, layout: str) -> tuple[gpuconv.Conv2d, list[np.ndarray]]:
     rng = np.random.default_rng(5)
-    k, bias = (rng.standard_normal(shape).astype(DTYPES[name]) for shape in ((5, 8, 2, 2), 5))
+    k, bias = (rng.standard_normal(shape).astype(DTYPES[name]) for shape in (KERNELS[name][0], 5))
     shape = (2, 8, 4, 3) if layout == "NCHW" else (2, 4, 3, 8)
     images = [rng.standard_normal(shape).astype(DTYPES[name]) for _ in range(3)]
-    return gpuconv.Conv2d(k, bias, padding=1, activation="relu", layout=layout, backend=name), images
+    return gpuconv.Conv2d(k, bias, activation="relu", layout=layout, backend=name, **KERNELS[name][1]), images
 
 
 def room(layer: gpuconv.Conv2d, x: np.ndarray) -> np.ndarray:
@@ -128,11 +133,12 @@ def test_a_warmed_up_call_only_launches(name, layout, gpu, launches, monkeypatch
     with monkeypatch.context() as forbidden:
         forbid(forbidden, gpu)
         found = [layer(x, out=room(layer, x)) for x in images]
-    # Multiply and add; with tensor cores channels are first put side by side, where they are not.
-    each = 3 if (name, layout) == (TENSOR, "NCHW") else 2
+    # Multiply and add; with tensor cores channels are first put side by side, where they are not. Transform, multiply
+    # and transform.
+    each = 3 if name == WINOGRAD or (name, layout) == (TENSOR, "NCHW") else 2
     assert len(launches) == of_first + 3 * each
     assert found[0].tobytes() == first.tobytes()
-    options = {"padding": 1, "activation": "relu", "layout": layout}
+    options = {"activation": "relu", "layout": layout, **KERNELS[name][1]}
     for x, y in zip(images, found, strict=True):
         wanted = gpuconv.conv2d(x, layer._kernel.array, layer._bias.array, backend=name, **options)
         assert y.tobytes() == wanted.tobytes()
