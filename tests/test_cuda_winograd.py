@@ -205,7 +205,10 @@ def test_a_tenth_of_the_promised_error(channels, positive):
 
 # ---- the simulator
 
-QUICK = "planes or matrix_products and 16 or sums_in_parts or limit_asks or gradients or nan or transform or wrong_size"
+QUICK = (
+    "planes or any_sizes or four_kernels and NCHW or matrix_products and 16 or sums_in_parts or limit_asks "
+    "or gradients or prepared or nan or wrong_transform"
+)
 
 
 @pytest.mark.parametrize(
