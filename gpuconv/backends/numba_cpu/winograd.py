@@ -50,6 +50,9 @@ X, WEIGHTS, Y, SCRATCH, FINISH, FILL = range(runtime.ARRAYS)
     OFFSETS,
 ) = range(runtime.ARRAYS, runtime.ARRAYS + 40)  # fmt: skip
 
+# Output channels and vectors of tiles that are summed in registers together, where it is not what other kernels do: the
+# weights of six output channels, at each point, would be transformed by registers of six lanes.
+_TILES = TILES | {256: (4, 3)}
 # Products in one running sum.
 _SUM = 256
 # Channels of which a thread packs the weights before it transforms them.
@@ -88,7 +91,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
 
 def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     lanes = dense.lanes_of(problem, target)
-    MR, NV = TILES[lanes.bits]
+    MR, NV = _TILES[lanes.bits]
     threads, width = target.threads, NV * lanes.count
     groups, channels, outputs = problem.groups, problem.C // problem.groups, problem.O // problem.groups
     down, across = -(-problem.OH // TILE), -(-problem.OW // TILE)
@@ -173,7 +176,7 @@ def _odd_lines(count: int, lanes: Lanes) -> int:
 
 def _room(lanes: Lanes) -> int:
     """Elements that a thread needs to transform weights."""
-    return _lines(9 * TILES[lanes.bits][0] * (_PACKED + 1) + 2 * lanes.count, lanes)
+    return _lines(9 * _TILES[lanes.bits][0] * (_PACKED + 1) + 2 * lanes.count, lanes)
 
 
 def kernel_name(plan: Plan) -> str:
@@ -222,7 +225,7 @@ class Transform:
 
 
 def _transformer(lanes: Lanes) -> Callable[..., None]:
-    size, (MR, _) = lanes.size, TILES[lanes.bits]
+    size, (MR, _) = lanes.size, _TILES[lanes.bits]
     room = _room(lanes)
     panel = _panel(lanes)
 
@@ -244,7 +247,7 @@ def _transformer(lanes: Lanes) -> Callable[..., None]:
 @functools.lru_cache(maxsize=64)
 def _panel(lanes: Lanes) -> Any:
     """A function that transforms the weights of a panel at ``source``, of which the first ``present`` exist."""
-    size, (MR, _) = lanes.size, TILES[lanes.bits]
+    size, (MR, _) = lanes.size, _TILES[lanes.bits]
     pack_block = weights.block(lanes, MR)
     transform = winograd_transforms.kernel(lanes, MR)
 
@@ -278,7 +281,7 @@ class Bound:
         # Weights that are to be collected one by one are transformed once.
         raw = k is not None and config["raw"] and k.dtype.isnative and k.strides[2:] == (36, 12, 4)
         self.transform = None if k is None or raw else Transform(plan, k)
-        self.rows, self.scratch = TILES[lanes.bits][0], config["scratch"]
+        self.rows, self.scratch = _TILES[lanes.bits][0], config["scratch"]
         kernel = runtime.kernel(kernel_name(plan), lambda: _kernel(lanes))
         steps = k.strides if raw and k is not None else (0,) * 5
         entries = [*x.strides, *out.strides, raw, *steps, *config["entries"]]
@@ -298,7 +301,7 @@ class Bound:
 
 def _kernel(lanes: Lanes) -> Callable[..., None]:
     size, count = lanes.size, lanes.count
-    MR, NV = TILES[lanes.bits]
+    MR, NV = _TILES[lanes.bits]
     width = NV * count
     tiles = [tile(lanes, MR, vectors + 1) for vectors in range(NV)]
     full, one, two = tiles[-1], tiles[0], tiles[min(1, NV - 1)]
