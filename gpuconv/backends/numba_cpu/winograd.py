@@ -143,7 +143,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     tasks = problem.N * groups * -(-down // high) * -(-across // wide) * -(-outputs // ob)
     raw = at_once == ob or tasks <= _REPEATED * threads
     sizes = shape(high, wide, at_once)
-    offsets = np.arange(kc, dtype=np.int64) * sizes["ldc"]
+    offsets = np.arange(kc, dtype=np.int64) * lanes.count * np.arange(1, NV + 1)[:, None]
     entries = [
         problem.N, groups, channels, outputs, problem.H, problem.W, problem.OH, problem.OW, problem.padding[0][0],
         problem.padding[1][0], kc, high, wide, ob, at_once,
@@ -311,6 +311,11 @@ def _kernel(lanes: Lanes) -> Callable[..., None]:
     image, result = winograd_transforms.image(lanes), winograd_transforms.result(lanes)
 
     @compiled
+    def together(left):
+        """Tiles to be multiplied together, where some are left: four registers of them are two and two."""
+        return 2 * count if left == width + count else min(left, width)
+
+    @compiled
     def transform(arguments, mine, inputs, source, i0, high, j0, wide, tiles):
         """All channels of a strip's part of the image at ``source``, transformed."""
         line, plane, zero = get(arguments, LINE), get(arguments, PLANE), get(arguments, FINISH) + 2 * size
@@ -337,8 +342,12 @@ def _kernel(lanes: Lanes) -> Callable[..., None]:
                     at = pixels + c * get(arguments, SXC) + (top + i) * get(arguments, SXH)
                     read(row + size * first, at, last - first, get(arguments, SXW))
                     split((to, row, plane, wide))
-            to = inputs + size * c * get(arguments, LDC)
-            image((to, planes, plane, wide, get(arguments, INPUT_STEP), tiles))
+            j = 0
+            while j < tiles:
+                here = together(tiles - j)
+                to = inputs + size * (j * get(arguments, C) + c * here)
+                image((to, planes + size * j, plane, wide, get(arguments, INPUT_STEP), here))
+                j += here
 
     @compiled
     def multiply(arguments, sums, weight, step, inputs, panels, tiles):
@@ -348,19 +357,21 @@ def _kernel(lanes: Lanes) -> Callable[..., None]:
         for point in range(POINTS):
             for c in range(0, C_, kc):
                 K_, more = min(kc, C_ - c), c > 0
-                a = weight + size * (point * step + c * MR)
-                for j in range(0, tiles, width):
-                    left = tiles - j
-                    b = inputs + size * (point * get(arguments, INPUT_STEP) + c * ldc + j)
+                a, j = weight + size * (point * step + c * MR), 0
+                while j < tiles:
+                    here = together(tiles - j)
+                    b = inputs + size * (point * get(arguments, INPUT_STEP) + j * C_ + c * here)
                     to = sums + size * (point * get(arguments, SUM_STEP) + j)
+                    off = offsets + 8 * kc * (here // count - 1)
                     for o in range(panels):
                         A, s = a + size * o * C_ * MR, to + size * o * MR * ldc
-                        if left > width - count:
-                            full((A, b, offsets, s, K_, ldc, more, count, b, 0, 0))
-                        elif left > count:
-                            two((A, b, offsets, s, K_, ldc, more, count, b, 0, 0))
+                        if here > 2 * count:
+                            full((A, b, off, s, K_, ldc, more, count, b, 0, 0))
+                        elif here > count:
+                            two((A, b, off, s, K_, ldc, more, count, b, 0, 0))
                         else:
-                            one((A, b, offsets, s, K_, ldc, more, count, b, 0, 0))
+                            one((A, b, off, s, K_, ldc, more, count, b, 0, 0))
+                    j += here
 
     def winograd(arguments, thread, threads):
         high, wide = get(arguments, HIGH), get(arguments, WIDE)
@@ -387,9 +398,9 @@ def _kernel(lanes: Lanes) -> Callable[..., None]:
         tasks = strips * outputs
         for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
             strip, o0 = task % strips, task // strips * ob
-            i0, j0 = strip // across % down * high, strip % across * wide
+            i0, j0 = strip // across % down * tiles_down // down, strip % across * tiles_across // across
             n, g = strip // (across * down) // G_, strip // (across * down) % G_
-            i1, j1 = min(tiles_down, i0 + high), min(tiles_across, j0 + wide)
+            i1, j1 = (strip // across % down + 1) * tiles_down // down, (strip % across + 1) * tiles_across // across
             tiles = ((i1 - i0) * (j1 - j0) + count - 1) // count * count
             if strip != before:
                 before = strip
