@@ -117,7 +117,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
 
     # One image: the threads share its output channels if it is small, else its strips.
     alone = problem.N * groups % threads > 0
-    shared = padded > 0 and alone and down * across <= 240 and padded % (MR * threads) == 0
+    shared = padded > 0 and alone and down * across <= (128 if lanes.bits == 256 else 240) and padded % (MR * threads) == 0
     ob = padded // threads if shared else max(padded, MR)
     at_once = min(ob, max(1, _WEIGHTS // max(channels, 1) // MR) * MR)
 
@@ -129,7 +129,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     most = schedule.fit((down, across), scratch, limit, f"{NAME} on {problem}")
     room = _STRIP // (POINTS * (channels + min(ob, _SUMMED))) // width * width
     tiles = min(max(width, room), 3 * width)
-    if down * across <= 2 * width + width // 3:
+    if lanes.bits == 256 or down * across <= 2 * width + width // 3:
         tiles = 2 * width + width // 3
     wide = min(across, most[1], 4 * width)
     wide = -(-across // -(-across // wide))
