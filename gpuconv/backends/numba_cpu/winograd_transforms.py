@@ -80,6 +80,34 @@ def _image(e: Emitter, x: list[Value]) -> list[Value]:
 
 
 @functools.lru_cache(maxsize=64)
+def pixels(lanes: Lanes) -> Any:
+    """Bᵀ x B of one tile, channels side by side: a function of (to, places, step, channels).
+
+    ``places`` are the addresses of its 36 pixels. Point p of channel c goes to to[p·step + c]; whole registers are
+    written.
+    """
+
+    def emit(e: Emitter, to: Value, places: Value, step: Value, channels: Value) -> None:
+        builder = e.builder
+
+        def body(c: Value, mask: Value | None) -> None:
+            def pixel(p: int) -> Value:
+                place = e.at(builder.inttoptr(builder.load(e.at(places, p)), to.type), c)
+                return e.load(place) if mask is None else e.masked_load(place, mask)
+
+            columns = [_image(e, [pixel(WINDOW * i + j) for i in range(WINDOW)]) for j in range(WINDOW)]
+            for i in range(WINDOW):
+                for j, value in enumerate(_image(e, [column[i] for column in columns])):
+                    e.store(value, e.at(to, e.times(step, i * WINDOW + j), c))
+
+        c = e.loop(0, channels, e.lanes.count, lambda c: body(c, None))
+        with builder.if_then(builder.icmp_signed("<", c, channels)):
+            body(c, e.mask(builder.sub(channels, c)))
+
+    return routine(f"winograd_pixels_{lanes}", lanes, "etii", emit)
+
+
+@functools.lru_cache(maxsize=64)
 def result(lanes: Lanes) -> Any:
     """Aᵀ m A: a function of (to, source, step, line, count, bias, floor) for ``count`` tiles, a multiple of the lanes.
 
@@ -118,6 +146,44 @@ def result(lanes: Lanes) -> Any:
         e.loop(0, count, n, body)
 
     return routine(f"winograd_result_{lanes}", lanes, "eeiiiee", emit)
+
+
+@functools.lru_cache(maxsize=64)
+def outputs(lanes: Lanes) -> Any:
+    """Aᵀ m A of one tile, channels side by side: a function of (to, source, step, down, across, count, bias, floor).
+
+    Point p of channel o is at source[p·step + o], where whole registers are read. Output (i, j) goes to
+    to[i·down + j·across + o], after bias[o] was added; what is less than the number at ``floor`` becomes that.
+    """
+
+    def emit(
+        e: Emitter, to: Value, source: Value, step: Value, down: Value, across: Value, count: Value, bias: Value,
+        floor: Value,
+    ) -> None:  # fmt: skip
+        builder = e.builder
+        least = e.splat(builder.load(floor))
+
+        def body(o: Value, mask: Value | None) -> None:
+            more = e.load(e.at(bias, o))
+            columns = []
+            for j in range(WINDOW):
+                points = (e.at(source, e.times(step, i * WINDOW + j), o) for i in range(WINDOW))
+                columns.append(_result(e, [e.load(point) for point in points]))
+            for i in range(TILE):
+                for j, value in enumerate(_result(e, [column[i] for column in columns])):
+                    value = builder.fadd(value, more)
+                    value = builder.select(builder.fcmp_ordered("<", value, least), least, value)
+                    place = e.at(to, e.times(down, i), e.times(across, j), o)
+                    if mask is None:
+                        e.store(value, place)
+                    else:
+                        e.masked_store(value, place, mask)
+
+        o = e.loop(0, count, e.lanes.count, lambda o: body(o, None))
+        with builder.if_then(builder.icmp_signed("<", o, count)):
+            body(o, e.mask(builder.sub(count, o)))
+
+    return routine(f"winograd_outputs_{lanes}", lanes, "eeiiiiee", emit)
 
 
 def _result(e: Emitter, m: list[Value]) -> list[Value]:
