@@ -191,7 +191,8 @@ def fence_in(side: str) -> Fence:
 BUDGETS: dict[str, dict[str, tuple[Any, ...]]] = {
     "strip": {"_SUMS": (1, 4096), "_INPUTS": (1, 8192), "_OUTPUTS": (8, 16), "REPACKED": (0, 1000), "ALONE": (0,)},
     "lanes": {"ALONE": (0,), "_WAITING": (1, 40)},
-    "winograd": {"ALONE": (0,), "_SUM": (3, 8), "_WEIGHTS": (1, 64), "_REPEATED": (0, 1000), "_STRIP": (1, 9000)},
+    "winograd": {"ALONE": (0,), "_SUM": (3, 8), "_WEIGHTS": (1, 64), "_REPEATED": (0, 1000), "_STRIP": (1, 9000),
+                 "_MANY": (2, 7, 30), "_FEW": (0, 128)},
     "channels": {"_ALONE": (0,)},
     "pixels": {"_ALONE": (0,), "_INPUTS": (1, 3000), "_PRODUCTS": (40, 400), "_PIXELS": (1, 7, 50),
                "_CACHED": ((0, 0), (1 << 30, 1 << 30))},
@@ -254,7 +255,7 @@ def problem_of(rng: random.Random, name: str, kinds: Sequence[str]) -> Conv2dPro
     kind, _, of_k = kind.partition("*")  # the type of x, or those of x and k
     if not of_k:
         of_k = "float32" if kind in ("float16", "bfloat16") and rng.random() < 0.3 else kind
-    last = {"channels": 1.0, "pixels": 0.4, "separable": 0.0}.get(name.rpartition(".")[2], 0.2)
+    last = {"channels": 1.0, "pixels": 0.4, "winograd": 0.4, "separable": 0.0}.get(name.rpartition(".")[2], 0.2)
     layout = "NHWC" if rng.random() < last else "NCHW"
     weights = ".weight_" in name
     forward = not weights and (name.endswith("separable") or rng.random() < 0.75)

@@ -35,13 +35,15 @@ SHAPES = (
     ((2, 2, 40, 23, 3), 5),
     ((1, 300, 7, 7, 5), 1),
 )
+both = pytest.mark.parametrize("layout", ("NCHW", "NHWC"))
 
 
 def problem_of(sizes: tuple[int, ...], padding: Any = 1, **kwargs: Any) -> Conv2dProblem:
     N, C, H, W, O = sizes
     precision = kwargs.pop("precision", "high")
     groups = kwargs.get("groups", 1)
-    return Conv2dProblem.of((N, C, H, W), (O, C // groups, 3, 3), padding=padding, precision=precision, **kwargs)
+    x_shape = (N, H, W, C) if kwargs.get("layout") == "NHWC" else (N, C, H, W)
+    return Conv2dProblem.of(x_shape, (O, C // groups, 3, 3), padding=padding, precision=precision, **kwargs)
 
 
 def target(threads: int = 2, bits: int | None = None) -> Target:
@@ -60,10 +62,16 @@ def guarded(shape: tuple[int, ...], rng: np.random.Generator | None, positive: b
     return inside, whole
 
 
+def held(problem: Conv2dProblem, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape (N, C, H, W) of images in the order of the problem's layout."""
+    N, C, H, W = shape
+    return (N, H, W, C) if problem.layout == "NHWC" else shape
+
+
 def arrays(problem: Conv2dProblem, positive: bool = False) -> tuple[Any, Any, Any]:
     rng = np.random.default_rng(len(str(problem)))
     first, second = problem.operand_shapes
-    x, _ = guarded(first, rng, positive)
+    x, _ = guarded(held(problem, first), rng, positive)
     k, _ = guarded(second, rng, positive)
     bias = guarded((problem.result_channels,), rng)[0] if problem.bias else None
     return x, k, bias
@@ -71,7 +79,7 @@ def arrays(problem: Conv2dProblem, positive: bool = False) -> tuple[Any, Any, An
 
 def computed(problem: Conv2dProblem, x: Any, k: Any, bias: Any, where: Target, packed: bool = False) -> Any:
     """The result of one plan, in guarded memory that must stay as it was."""
-    y, whole = guarded(problem.result_shape, None)
+    y, whole = guarded(held(problem, problem.result_shape), None)
     operands = Operands(request.view(problem, 0, x), request.view(problem, 1, k), bias)
     assert winograd.unsupported(problem, where) == []
     plan = winograd.plan(problem, where, LIMIT)
@@ -85,7 +93,7 @@ def computed(problem: Conv2dProblem, x: Any, k: Any, bias: Any, where: Target, p
 
 def reference(problem: Conv2dProblem, x: Any, k: Any, bias: Any) -> Any:
     wide = replace(problem, x_dtype="float64", k_dtype="float64", y_dtype="float64")
-    out = np.empty(problem.result_shape)
+    out = np.empty(held(problem, problem.result_shape))
     operands = Operands(
         request.view(problem, 0, x.astype(np.float64)), request.view(problem, 1, k.astype(np.float64)),
         None if bias is None else bias.astype(np.float64),
@@ -105,20 +113,33 @@ def check(problem: Conv2dProblem, where: Target, positive: bool = False, toleran
     return y
 
 
+@both
 @pytest.mark.parametrize("bits", (128, 256, 512))
 @pytest.mark.parametrize(("sizes", "padding"), SHAPES)
-def test_every_width_of_register(sizes, padding, bits):
+def test_every_width_of_register(sizes, padding, bits, layout):
     native = winograd.runtime.vector_bits()
     if bits > native:
         pytest.skip(f"the registers of this machine have {native} bits")
-    check(problem_of(sizes, padding, bias=True), target(2, bits))
+    check(problem_of(sizes, padding, bias=True, layout=layout), target(2, bits))
 
 
+@both
 @pytest.mark.parametrize("positive", (False, True), ids=("normal", "positive"))
 @pytest.mark.parametrize("channels", (1, 16, 100, 257, 512))
-def test_the_promise_of_precision_high(channels, positive):
+def test_the_promise_of_precision_high(channels, positive, layout):
     # A tenth of what is promised: the promise is for weights and images worse than these.
-    check(problem_of((1, channels, 14, 14, 13)), target(), positive, HIGH / 10)
+    check(problem_of((1, channels, 14, 14, 13), layout=layout), target(), positive, HIGH / 10)
+
+
+@pytest.mark.parametrize(("sizes", "padding"), SHAPES)
+def test_channels_last_or_first_gives_the_same_bits(sizes, padding):
+    first = problem_of(sizes, padding, bias=True)
+    last = problem_of(sizes, padding, bias=True, layout="NHWC")
+    x, k, bias = arrays(first)
+    y = computed(first, x, k, bias, target())
+    turned = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+    for packed in (False, True):
+        assert np.array_equal(y, computed(last, turned, k, bias, target(), packed).transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("scale", (1e-6, 1e6))
@@ -131,27 +152,32 @@ def test_a_bright_padding_and_an_offset_keep_the_promise(scale):
     assert np.linalg.norm(y - reference(problem, x, k, None)) <= HIGH * most
 
 
+@both
 @pytest.mark.parametrize("activation", (None, "relu"))
 @pytest.mark.parametrize("value", (0, -2))
-def test_bias_activation_and_padding_value(activation, value):
-    y = check(problem_of((2, 6, 9, 7, 10), 1, activation=activation, padding_value=value, bias=True), target())
+def test_bias_activation_and_padding_value(activation, value, layout):
+    options: dict[str, Any] = {"activation": activation, "padding_value": value, "bias": True, "layout": layout}
+    y = check(problem_of((2, 6, 9, 7, 10), 1, **options), target())
     assert (y.min() == 0) == (activation == "relu")
 
 
+@both
 @pytest.mark.parametrize("groups", (2, 3))
-def test_groups(groups):
-    check(problem_of((2, 6 * groups, 9, 10, 5 * groups), groups=groups, bias=True), target())
+def test_groups(groups, layout):
+    check(problem_of((2, 6 * groups, 9, 10, 5 * groups), groups=groups, bias=True, layout=layout), target())
 
 
+@both
 @pytest.mark.parametrize("padding", (0, 1, 2, 3, ((0, 1), (4, 0))))
-def test_input_gradient(padding):
+def test_input_gradient(padding, layout):
     # A padding beyond 2 is a crop of the gradient's forward convolution.
-    check(problem_of((2, 7, 9, 11, 6), padding, op="input_grad"), target())
+    check(problem_of((2, 7, 9, 11, 6), padding, op="input_grad", layout=layout), target())
 
 
-def test_weights_prepared_or_not_many_strips_or_few_give_the_same_bits():
-    for sizes in ((1, 5, 9, 9, 11), (1, 130, 20, 33, 72), (5, 64, 17, 18, 24), (1, 700, 6, 6, 40)):
-        problem = problem_of(sizes, bias=True)
+@both
+def test_weights_prepared_or_not_many_strips_or_few_give_the_same_bits(layout):
+    for sizes in ((1, 5, 9, 9, 11), (1, 130, 20, 33, 72), (5, 64, 17, 18, 24), (1, 700, 6, 6, 40), (2, 8, 60, 62, 9)):
+        problem = problem_of(sizes, bias=True, layout=layout)
         x, k, bias = arrays(problem)
         y = computed(problem, x, k, bias, target())
         assert np.array_equal(y, computed(problem, x, k, bias, target(), packed=True))
@@ -161,20 +187,22 @@ def test_weights_prepared_or_not_many_strips_or_few_give_the_same_bits():
         assert np.array_equal(y[:1], computed(alone, x[:1], k, bias, target()))
 
 
-def test_the_memory_layout_changes_no_bit():
-    problem = problem_of((2, 9, 13, 21, 10))
+@both
+def test_the_memory_layout_changes_no_bit(layout):
+    problem = problem_of((2, 9, 13, 21, 10), layout=layout)
     x, k, _ = arrays(problem)
     y = computed(problem, x, k, None, target())
-    apart = np.full((2, 9, 26, 63), np.nan, np.float32)[:, :, ::2, ::3]
+    apart = np.full((*x.shape[:2], 2 * x.shape[2], 3 * x.shape[3]), np.nan, np.float32)[:, :, ::2, ::3]
     apart[...] = x
     mirrored = np.ascontiguousarray(x[..., ::-1, ::-1])[..., ::-1, ::-1]
     other = np.ascontiguousarray(k.transpose(3, 2, 1, 0)).transpose(3, 2, 1, 0)
     for image, kernel in itertools.product((x, apart, mirrored, np.asfortranarray(x)), (k, other)):
         assert np.array_equal(y, computed(problem, image, kernel, None, target()))
-    into = np.full((2, 10, 26, 42), np.nan, np.float32)
+    into = np.full((*y.shape[:2], 2 * y.shape[2], 2 * y.shape[3]), np.nan, np.float32)
     strided = into[:, :, ::2, 1::2]
     plan = winograd.plan(problem, target(), LIMIT)
-    winograd.run(plan, Operands(request.view(problem, 0, x), request.view(problem, 1, k)), strided[:, None])
+    operands = Operands(request.view(problem, 0, x), request.view(problem, 1, k))
+    winograd.run(plan, operands, request.view(problem, 2, strided))
     assert np.array_equal(strided, y)
     strided[...] = np.nan
     assert np.isnan(into).all()
@@ -188,8 +216,9 @@ def test_broadcast_operands():
     assert np.array_equal(y, computed(problem, x.copy(), k.copy(), None, target()))
 
 
-def test_a_strip_is_as_small_as_the_limit_asks():
-    problem = problem_of((1, 64, 50, 200, 16))
+@both
+def test_a_strip_is_as_small_as_the_limit_asks(layout):
+    problem = problem_of((1, 64, 50, 200, 16), layout=layout)
     x, k, _ = arrays(problem)
     y = computed(problem, x, k, None, target())
     least = winograd.plan(problem, target(), LIMIT).workspace
@@ -203,8 +232,9 @@ def test_a_strip_is_as_small_as_the_limit_asks():
         winograd.plan(problem, target(), 1000)
 
 
+@both
 @pytest.mark.parametrize(("sizes", "padding"), SHAPES)
-def test_scratch_is_written_before_it_is_read_and_large_enough(sizes, padding, monkeypatch):
+def test_scratch_is_written_before_it_is_read_and_large_enough(sizes, padding, layout, monkeypatch):
     given = []
 
     def poisoned(count: int, dtype: Any) -> Any:
@@ -212,7 +242,7 @@ def test_scratch_is_written_before_it_is_read_and_large_enough(sizes, padding, m
         return given[-1][256:-256]
 
     monkeypatch.setattr(winograd.runtime, "aligned", poisoned)
-    problem = problem_of(sizes, padding)
+    problem = problem_of(sizes, padding, layout=layout)
     x, k, _ = arrays(problem)
     for packed in (False, True):
         assert np.isfinite(computed(problem, x, k, None, target(), packed)).all()
@@ -231,17 +261,19 @@ def test_scratch_is_written_before_it_is_read_and_large_enough(sizes, padding, m
     ),
 )
 def test_what_it_is_worth(sizes, worth):
-    for op in ("forward", "input_grad"):
-        first = dispatch.preferred(problem_of(sizes, op=op), "cpu")[0][0]
+    for op, layout in itertools.product(("forward", "input_grad"), ("NCHW", "NHWC")):
+        first = dispatch.preferred(problem_of(sizes, op=op, layout=layout), "cpu")[0][0]
         assert (first == "numba_cpu.winograd") is worth
 
 
-def test_pixels_that_no_output_reads_do_not_matter():
-    problem = replace(problem_of((1, 2, 12, 12, 3), 0), padding=((-2, -1), (-3, -1)))
+@both
+def test_pixels_that_no_output_reads_do_not_matter(layout):
+    problem = replace(problem_of((1, 2, 12, 12, 3), 0, layout=layout), padding=((-2, -1), (-3, -1)))
     x, k, _ = arrays(problem)
-    inner = x[..., 2:-1, 3:-1].copy()
+    read = (..., slice(2, -1), slice(3, -1)) if layout == "NCHW" else (0, slice(2, -1), slice(3, -1))
+    inner = x[read].copy()
     x[...] = np.nan
-    x[..., 2:-1, 3:-1] = inner
+    x[read] = inner
     assert np.isfinite(computed(problem, x, k, None, target())).all()
 
 
@@ -261,11 +293,14 @@ def test_what_it_refuses(kwargs, reason):
     assert [text for text in found if reason in text]
 
 
-def test_through_the_public_calls():
+@both
+def test_through_the_public_calls(layout):
     rng = np.random.default_rng(5)
-    x = rng.standard_normal((2, 16, 15, 17), dtype=np.float32)
+    x = rng.standard_normal((2, 16, 15, 17) if layout == "NCHW" else (2, 15, 17, 16), dtype=np.float32)
     k, b = rng.standard_normal((8, 16, 3, 3), dtype=np.float32), rng.standard_normal(8, dtype=np.float32)
-    options: dict[str, Any] = {"padding": 1, "precision": "high", "activation": "relu", "backend": winograd.NAME}
+    options: dict[str, Any] = {
+        "padding": 1, "precision": "high", "activation": "relu", "layout": layout, "backend": winograd.NAME,
+    }  # fmt: skip
     layer = gpuconv.Conv2d(k, b, **options)
     for _ in range(3):  # checked, planned, repeated
         y = gpuconv.conv2d(x, k, b, **options)
@@ -273,7 +308,7 @@ def test_through_the_public_calls():
     flipped = gpuconv.conv2d(x, np.ascontiguousarray(k[..., ::-1, ::-1]), b, flip=True, **options)
     assert np.array_equal(y, flipped)
     with pytest.raises(gpuconv.NoBackendError, match="highest"):
-        gpuconv.conv2d(x, k, backend=winograd.NAME)
+        gpuconv.conv2d(x, k, layout=layout, backend=winograd.NAME)
 
 
 def test_foreign_byte_order_goes_elsewhere():
