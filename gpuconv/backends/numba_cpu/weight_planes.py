@@ -188,33 +188,52 @@ def correlation(lanes: Lanes, taps: int) -> Any:
         builder = e.builder
         addresses = [e.at(x, builder.load(e.at(off, t))) for t in range(taps)]
         entry = builder.block
-        row, vector, ended, after = (e.block(name) for name in ("row", "vector", "ended", "after"))
+        row, vector, rest, cut, ended, after = (
+            e.block(name) for name in ("row", "vector", "rest", "cut", "ended", "after")
+        )
+        whole = builder.and_(columns, I64(-lanes.count))
+        left = e.mask(builder.sub(columns, whole))
         builder.branch(row)
+
+        def more_of(sums: list[Value], j: Value, mask: Value | None) -> list[Value]:
+            """The sums with a vector of every row of x; what is cut off by ``mask`` is not read."""
+
+            def loaded(place: Value) -> Value:
+                return e.load(place) if mask is None else e.masked_load(place, mask)
+
+            gradient = loaded(e.at(dy, at_dy, j))
+            return [
+                e.fma(loaded(e.at(address, at_x, j)), gradient, total)
+                for address, total in zip(addresses, sums, strict=True)
+            ]
 
         builder.position_at_end(row)
         i = builder.phi(I64)
         i.add_incoming(I64(0), entry)
         (begun,) = e.sums(1, taps, [(entry, None)])
         at_x, at_dy = builder.mul(i, ldx), builder.mul(i, ldy)
-        builder.branch(vector)
+        builder.cbranch(builder.icmp_signed(">", whole, I64(0)), vector, rest)
 
         builder.position_at_end(vector)
         j = builder.phi(I64)
         j.add_incoming(I64(0), row)
         (sums,) = e.sums(1, taps, [(row, [begun])])
-        mask = e.mask(builder.sub(columns, j))
-        gradient = e.masked_load(e.at(dy, at_dy, j), mask)
-        new = [
-            e.fma(e.masked_load(e.at(address, at_x, j), mask), gradient, total)
-            for address, total in zip(addresses, sums, strict=True)
-        ]
+        new = more_of(sums, j, None)
         following = builder.add(j, I64(lanes.count))
         j.add_incoming(following, vector)
         for total, value in zip(sums, new, strict=True):
             total.add_incoming(value, vector)
-        builder.cbranch(builder.icmp_signed("<", following, columns), vector, ended)
+        builder.cbranch(builder.icmp_signed("<", following, whole), vector, rest)
+
+        builder.position_at_end(rest)
+        (sums,) = e.sums(1, taps, [(row, [begun]), (vector, [new])])
+        builder.cbranch(builder.icmp_signed("<", whole, columns), cut, ended)
+        builder.position_at_end(cut)
+        last = more_of(sums, whole, left)
+        builder.branch(ended)
 
         builder.position_at_end(ended)
+        (new,) = e.sums(1, taps, [(rest, [sums]), (cut, [last])])
         following = builder.add(i, I64(1))
         i.add_incoming(following, ended)
         for total, value in zip(begun, new, strict=True):
@@ -262,12 +281,17 @@ def _kernel(problem: Conv2dProblem, lanes: Lanes) -> Callable[..., None]:
             some((x, off, dy, high, wide, pitch, ldy, totals, more))
 
     @compiled
-    def summed(arguments, x, dy, copy, beside, totals):
-        """The totals of one channel of x, taps of one output channel after those of another; images at addresses."""
+    def summed(arguments, x, dy, copy, beside, totals, again):
+        """The totals of one channel of x, taps of one output channel after those of another; images at addresses.
+
+        ``again``: the copy holds another channel.
+        """
         OH_, OW_, O_ = get(arguments, OH), get(arguments, OW), get(arguments, O)
         high, wide = get(arguments, HIGH), get(arguments, WIDE)
         reach_down, reach_across = get(arguments, PLACES) - high, get(arguments, COLUMN_EXTENT) - OW_
         step = 8 * (get(arguments, MANY) * count_many + get(arguments, SOME) * count_some)
+        # Where all of an image is one strip, the border of the copy is that of the image before.
+        single = high >= OH_ and wide >= OW_
         recent, held = totals + O_ * step, 0  # the totals of the strips of a lot, and how many they are
         for t in range(0, O_ * step, 8):
             keep(totals + t, 0.0)
@@ -278,7 +302,7 @@ def _kernel(problem: Conv2dProblem, lanes: Lanes) -> Callable[..., None]:
                     j1 = min(OW_, j0 + wide)
                     fill(
                         arguments, copy, x + n * get(arguments, SXN), 1, i0, i1 - i0 + reach_down, j0,
-                        j1 - j0 + reach_across, 0,
+                        j1 - j0 + reach_across, single and again + n > 0,
                     )  # fmt: skip
                     for o in range(O_):
                         source = dy + n * get(arguments, SYN) + o * get(arguments, SYO) + i0 * get(arguments, SYH)
@@ -307,11 +331,12 @@ def _kernel(problem: Conv2dProblem, lanes: Lanes) -> Callable[..., None]:
         step = 8 * (get(arguments, MANY) * count_many + get(arguments, SOME) * count_some)
         beside = (totals + 2 * O_ * step + 63) // 64 * 64
         tasks = get(arguments, G) * C_
-        for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
+        first = thread * tasks // threads
+        for task in range(first, (thread + 1) * tasks // threads):
             g, c = task // C_, task % C_
             x = get(arguments, X) + g * get(arguments, SXG) + c * get(arguments, SXC)
             dy = get(arguments, Y) + g * get(arguments, SYG)
-            summed(arguments, x, dy, copy, beside, totals)
+            summed(arguments, x, dy, copy, beside, totals, task - first)
             to = get(arguments, WEIGHTS) + g * get(arguments, SKG) + c * get(arguments, SKC)
             for o in range(O_):
                 for p in range(KH_):
