@@ -71,22 +71,42 @@ def rows(lanes: Lanes, stored: str) -> Rows:
     return Rows(read, write, fill)
 
 
+def _ended(e: Emitter, i: Value, count: Value, whole: Callable[[Value], None], cut: Callable[[Value], None]) -> None:
+    """Elements ``i`` to ``count``, less than a vector, after whole ones were done from 0 on: ``cut(i)`` does them under a
+    mask; where masks are slow in stores, ``whole(i)`` does the last vector's length again, if there is as much.
+    """
+    builder, n = e.builder, I64(e.lanes.count)
+    with builder.if_then(builder.icmp_signed("<", i, count)):
+        if e.lanes.bits == 512:
+            cut(i)
+            return
+        with builder.if_else(builder.icmp_signed(">=", count, n)) as (enough, few):
+            with enough:
+                whole(builder.sub(count, n))
+            with few:
+                cut(i)
+
+
 def _widen(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> None:
-    builder = e.builder
-    i = e.loop(0, count, e.lanes.count, lambda i: e.store(e.load(e.at(source, i), stored), e.at(to, i)))
-    rest = builder.sub(count, i)
-    with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
-        mask = e.mask(rest)
+    def whole(i: Value) -> None:
+        e.store(e.load(e.at(source, i), stored), e.at(to, i))
+
+    def cut(i: Value) -> None:
+        mask = e.mask(e.builder.sub(count, i))
         e.masked_store(e.masked_load(e.at(source, i), mask, stored), e.at(to, i), mask)
+
+    _ended(e, e.loop(0, count, e.lanes.count, whole), count, whole, cut)
 
 
 def _narrow(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> None:
-    builder = e.builder
-    i = e.loop(0, count, e.lanes.count, lambda i: e.store(e.load(e.at(source, i)), e.at(to, i), stored))
-    rest = builder.sub(count, i)
-    with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
-        mask = e.mask(rest)
+    def whole(i: Value) -> None:
+        e.store(e.load(e.at(source, i)), e.at(to, i), stored)
+
+    def cut(i: Value) -> None:
+        mask = e.mask(e.builder.sub(count, i))
         e.masked_store(e.masked_load(e.at(source, i), mask), e.at(to, i), mask, stored)
+
+    _ended(e, e.loop(0, count, e.lanes.count, whole), count, whole, cut)
 
 
 def _widen2(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> None:
@@ -96,16 +116,28 @@ def _widen2(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> 
     def place(i: Value) -> Value:
         return e.at(source, builder.mul(i, I64(2)))
 
-    i = e.loop(0, count, e.lanes.count, lambda i: e.store(e.load_even(place(i), stored), e.at(to, i)))
-    rest = builder.sub(count, i)
-    with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
+    def whole(i: Value) -> None:
+        e.store(e.load_even(place(i), stored), e.at(to, i))
+
+    def cut(i: Value) -> None:
+        rest = builder.sub(count, i)
         e.masked_store(e.masked_load_even(place(i), rest, stored), e.at(to, i), e.mask(rest))
+
+    _ended(e, e.loop(0, count, e.lanes.count, whole), count, whole, cut)
 
 
 def _fill(e: Emitter, to: Value, value_at: Value, count: Value) -> None:
     builder = e.builder
-    value = e.splat(builder.load(value_at))
-    i = e.loop(0, count, e.lanes.count, lambda i: e.store(value, e.at(to, i)))
-    rest = builder.sub(count, i)
-    with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
-        e.masked_store(value, e.at(to, i), e.mask(rest))
+    number = builder.load(value_at)
+    value = e.splat(number)
+
+    def whole(i: Value) -> None:
+        e.store(value, e.at(to, i))
+
+    def cut(i: Value) -> None:
+        if e.lanes.bits == 512:
+            e.masked_store(value, e.at(to, i), e.mask(builder.sub(count, i)))
+        else:
+            e.loop(i, count, 1, lambda i: builder.store(number, e.at(to, i)))
+
+    _ended(e, e.loop(0, count, e.lanes.count, whole), count, whole, cut)
