@@ -114,11 +114,6 @@ def _aligned(dtype: str, flat: Flat, steps: tuple[int, ...]) -> bool:
     return all(place % ptx.VECTOR_BYTES == 0 for place in places)
 
 
-def _joined(*keys: tuple[Any, ...]) -> np.ndarray[Any, Any]:
-    """The index tables of ``uploads.axis_key``, one behind the other."""
-    return np.concatenate([uploads.index(key) for key in keys])
-
-
 def _reads(problem: Conv2dProblem, made: Block, like: Any, stream: Any) -> tuple[Any, tuple[Any, ...]]:
     """The table, of rows and then columns, or a number where none is read, and how a tile reads each axis."""
     axes = zip((made.rows, made.columns), depthwise_shape.steps_of(problem), strict=True)
@@ -126,7 +121,7 @@ def _reads(problem: Conv2dProblem, made: Block, like: Any, stream: Any) -> tuple
     if depthwise_shape.arithmetic(problem):
         tables, ends = _narrow(0), [(-low, 0) for low, _ in problem.padding]
     else:
-        tables = uploads.KEPT.get(like, stream, _joined, *(uploads.axis_key(problem, axis) for axis in (0, 1)))
+        tables = uploads.joined_tables(problem, like, stream)
         start, columns = problem.table_spans(problem.OH, problem.OW)
         ends = [(0, start - 1), (start, start + columns - 1)]
     number = _wide if made.shape.stride is None else _narrow

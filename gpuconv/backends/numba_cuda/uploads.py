@@ -102,6 +102,15 @@ def index(key: tuple[Any, ...]) -> np.ndarray[Any, Any]:
     return geometry.index_table(*key).index.astype(np.int64, copy=False)
 
 
+def joined_tables(problem: Conv2dProblem, like: Any, on: Any) -> Any:
+    """The indices of rows and then those of columns, in one vector."""
+    return KEPT.get(like, on, _joined, *(axis_key(problem, axis) for axis in (0, 1)))
+
+
+def _joined(*keys: tuple[Any, ...]) -> np.ndarray[Any, Any]:
+    return np.concatenate([index(key) for key in keys])
+
+
 def index_tables(problem: Conv2dProblem, like: Any, on: Any) -> list[Any]:
     """The tables of rows and columns as kernels take them: for each a vector of indices, and its two steps."""
     found: list[Any] = []

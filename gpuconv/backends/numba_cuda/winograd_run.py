@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv.backends.numba_cuda import depthwise_shape, launch, winograd_kernels, winograd_multiply
+from gpuconv.backends.numba_cuda import depthwise_shape, launch, uploads, winograd_kernels, winograd_multiply
 from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.backends.numba_cuda.replay import Step
 from gpuconv.backends.numba_cuda.tiles import Tile
@@ -130,7 +130,6 @@ def _reads(problem: Conv2dProblem, like: Any, stream: Any) -> tuple[Any, ...]:
     if depthwise_shape.arithmetic(problem):
         (top, _), (left, _) = problem.padding
         return (_narrow(0), *map(_narrow, (-top, 0, -left, 0)))
-    joined = np.concatenate([table.index for table in problem.tables()])
-    start = problem.OH + 2
-    tables = launch.vector(like, joined, np.dtype(np.int64), 1, stream)
-    return (tables, *map(_narrow, (0, start - 1, start, len(joined) - 1)))
+    rows, columns = problem.OH + 2, problem.OW + 2
+    tables = uploads.joined_tables(problem, like, stream)
+    return (tables, *map(_narrow, (0, rows - 1, rows, rows + columns - 1)))
