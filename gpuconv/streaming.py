@@ -148,6 +148,10 @@ def compute(
     """
     implementation = dispatch.implementation(name)
     row_table = problem.tables()[0]
+    # The kernel in the forms that the plans of pieces want, most often one. Without CuPy that of an input gradient is
+    # not on the GPU yet, and goes up once, not with every piece.
+    packing = problem.op == "forward" or (problem.op == "input_grad" and not dispatch.has_cupy())
+    packs: dict[Any, Any] | None = {} if packing else None
 
     def fill(piece: Piece, slot: Slot) -> None:
         x, *gradient = (place.view(slot.sent) for place in sent(piece.plan.problem))
@@ -162,7 +166,15 @@ def compute(
 
     def given(piece: Piece, slot: Slot) -> Operands:
         x, *gradient = (ring.view(place, slot.x) for place in sent(piece.plan.problem))
-        return replace(operands, x=x, k=gradient[0]) if gradient else replace(operands, x=x)
+        if gradient:
+            return replace(operands, x=x, k=gradient[0])
+        found = replace(operands, x=x)
+        if packs is not None:
+            key = implementation.pack_key(piece.plan)
+            if key not in packs:
+                packs[key] = pack(piece.plan, found)
+            found.packed = packs[key]
+        return found
 
     def launch(piece: Piece, slot: Slot) -> None:
         part = piece.plan.problem
@@ -184,9 +196,6 @@ def compute(
         operands = replace(operands, stream=ring.begin(operands.stream))
         slots = [Slot(*memory) for memory in _slots(ring, pieces)]
         summand = ring.scratch(made(pieces[0].plan.problem).stop) if adds_up(pieces) else None
-        # Without CuPy the kernel of an input gradient is not on the GPU yet, and goes up once, not with every piece.
-        if problem.op == "forward" or (problem.op == "input_grad" and not dispatch.has_cupy()):
-            operands = replace(operands, packed=pack(pieces[0].plan, given(pieces[0], slots[0])))
         run(pieces, slots, ring, Steps(fill, launch, drain))
 
 

@@ -176,6 +176,34 @@ def test_kernel_is_packed_and_uploaded_once(tiny, monkeypatch):
 
 
 @of_the_stand_in
+def test_pieces_that_want_the_kernel_in_another_form_get_it(tiny, monkeypatch):
+    """As where what was tuned for so many images is not what runs for fewer."""
+    module = dispatch.implementation("cupy.gemm")
+    real_key, real_pack, real_run = module.pack_key, module.pack, module.run
+    forms: dict[int, Any] = {}
+    runs: list[int] = []
+
+    def pack(plan: Any, operands: Any) -> Any:
+        assert plan.problem.N not in forms
+        forms[plan.problem.N] = real_pack(plan, operands).copy()
+        return forms[plan.problem.N]
+
+    def run(plan: Any, operands: Any, out: Any) -> None:
+        assert operands.packed is forms[plan.problem.N]
+        runs.append(plan.problem.N)
+        real_run(plan, operands, out)
+
+    monkeypatch.setattr(module, "pack_key", lambda plan: (plan.problem.N, real_key(plan)))
+    monkeypatch.setattr(module, "pack", pack)
+    monkeypatch.setattr(module, "run", run)
+    rng = np.random.default_rng(22)
+    x, k = integers(rng, (100, 1, 4, 4)), integers(rng, (4, 1, 3, 3))
+    expected = conv2d(x, k, backend="numpy.reference")
+    np.testing.assert_array_equal(conv2d(x, k, backend="cupy.gemm"), expected)
+    assert sum(runs) == 100 and len(forms) == 2
+
+
+@of_the_stand_in
 def test_memory_is_page_locked_once_and_released(tiny):
     rng = np.random.default_rng(9)
     x, k = integers(rng, (12, 4, 8, 8)), integers(rng, (8, 4, 3, 3))
