@@ -20,16 +20,19 @@ if SIMULATED:
 import gpuconv
 from bench import kernels, machine_code
 from gpuconv import dispatch, dtypes
-from gpuconv.backends.numba_cuda import depthwise
+from gpuconv.backends.numba_cuda import depthwise, depthwise_shape
 from gpuconv.backends.protocol import Target
 from gpuconv.problem import Conv2dProblem
 
 NAME = "numba_cuda.depthwise"
-QUICK = "vectors or tiles_one_less or rows_of_a_thread or several_launches"
+needs_ptxas = pytest.mark.skipif(
+    machine_code.ptxas() is None, reason="NVIDIA's assembler is not installed (nvidia-cuda-nvcc)"
+)
+QUICK = "vectors or tiles_one_less or rows_of_a_thread or several_launches or sixteen_bits"
 
 
 @pytest.mark.parametrize(
-    ("part", "at_least"), [(QUICK, 20), pytest.param(f"not ({QUICK})", 40, marks=pytest.mark.full)], ids=["some", "all"]
+    ("part", "at_least"), [(QUICK, 24), pytest.param(f"not ({QUICK})", 90, marks=pytest.mark.full)], ids=["some", "all"]
 )
 def test_in_the_simulator(part, at_least):
     file = str(Path(__file__).with_name("test_depthwise_simulated.py"))
@@ -51,7 +54,7 @@ def test_it_runs_only_when_its_name_is_given(monkeypatch):
     assert dispatch.choose.__wrapped__("test", problem, Target("cuda", 0), NAME, 1 << 28).name == NAME
 
 
-@pytest.mark.skipif(machine_code.ptxas() is None, reason="NVIDIA's assembler is not installed (nvidia-cuda-nvcc)")
+@needs_ptxas
 @pytest.mark.parametrize(
     ("dtype", "line", "load"),
     [
@@ -73,3 +76,37 @@ def test_machine_code(dtype, line, load):
         assert found.shared + configuration.dynamic <= 48 << 10, (cc, found)
         if load != "by_element":
             assert found.instructions.get("LDG.128", 0), (cc, found)
+
+
+@pytest.mark.parametrize("dtype", depthwise.DTYPES)
+def test_a_block_fits_every_gpu(dtype):
+    """Whatever registers the compiler gives a thread: at most 255, of 65,536, in shares of 256 for a warp."""
+    more = ("n64c64h56w56_o256kh3kw3_p1g64_", "n1c1h9w9_o32kh9kw9_", "n1c5h7w79_o1kh1kw70_")
+    for line in (*(line for line, _ in kernels.FILTERS), *more):
+        problem = Conv2dProblem.parse(line + dtypes.CODES[dtype])
+        for side in (1, depthwise_shape.SIDE):
+            block = depthwise_shape.block(problem, side)
+            if block is not None:
+                assert -(-block.threads // 32) * -(-255 * 32 // 256) * 256 <= 65536, (line, side)
+                assert block.shared_bytes <= 48 << 10, (line, side)
+
+
+@needs_ptxas
+@pytest.mark.parametrize(
+    ("dtype", "load"),
+    [
+        pytest.param(dtype, load, marks=pytest.mark.full)
+        for dtype in depthwise.DTYPES
+        for load in ("across_groups_in_vectors", "by_element")
+    ],
+)
+def test_four_outputs_of_each_channel_as_machine_code(dtype, load):
+    """The most sums of a thread. In float64 more than 128 registers, which leaves a multiprocessor one block of 256."""
+    configuration = kernels.depthwise("n64c64h56w56_o256kh3kw3_p1g64_" + dtypes.CODES[dtype], load)
+    assert configuration.threads <= 256
+    library = machine_code.lowered(configuration.body, configuration.arguments)
+    for cc in ((7, 5), *kernels.ARCHITECTURES):
+        found = machine_code.assembled(library, cc, configuration.registers)
+        assert found.clean, (cc, found)
+        assert found.registers <= (160 if dtype == "float64" else 128), (cc, found)
+        assert found.shared + configuration.dynamic <= 48 << 10, (cc, found)

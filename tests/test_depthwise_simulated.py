@@ -268,3 +268,55 @@ def test_images_in_several_launches_and_blocks_with_several_tiles(small, monkeyp
     assert np.array_equal(run(x, k, groups=2, padding=1), wanted)
     assert grids[1:] == [4, 4], "two images, then one, with four blocks each"
     assert whole > 12
+
+
+# Together what the tests above have one by one: odd widths, whose rows are no whole vectors, with every kind of steps.
+SIXTEEN_BITS = [
+    ((5, 11), (3, 3), {"stride": 2, "padding": 1}),
+    ((4, 13), (2, 5), {"stride": 3, "padding": 2}),
+    ((7, 9), (3, 3), {"dilation": 2, "padding": 2, "activation": "relu"}),
+    ((5, 7), (3, 3), {"padding": 2, "padding_mode": "reflect"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("plane", "kernel", "options"), SIXTEEN_BITS, ids=str)
+def test_sixteen_bits_in_odd_widths(small, ways, plane, kernel, options):
+    small()
+    check(1, 2, 1, 1, plane, kernel, "bfloat16", **options)
+    assert ways.pop()[3:] == ("by_element", False)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("mode", ["constant", "reflect", "symmetric", "edge", "wrap"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_every_padding_of_every_float(small, ways, dtype, mode, layout):
+    """Beyond one period too, with steps of 2 and 3 and taps apart."""
+    small()
+    groups = 17 if layout == "NHWC" else 2
+    for options in ({"stride": (1, 2)}, {"stride": (3, 2), "dilation": (2, 1)}):
+        pads = ((3, 1), (2, 5))
+        check(1, groups, 1, 1, (3, 5), (2, 3), dtype, padding=pads, padding_mode=mode, layout=layout, **options)
+        assert ways.pop()[2] == ("inside" if mode == "constant" else "tabled")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_kernel_of_31_by_31(small, ways, dtype, stride):
+    """In pieces of 16 rows of taps; more products than one running sum takes."""
+    small()
+    check(1, 1, 1, 1, (3, 16 * stride), (31, 31), dtype, padding=15, stride=stride)
+    shape = ways.pop()[0]
+    assert shape.by_row and (shape.taps, shape.rest) == (8, 7)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_four_outputs_of_each_channel_channels_last(small, ways, monkeypatch, dtype, stride):
+    """The most sums of a thread, 4 × 2 × 4, or with a stride of 3 half of them; a tile that has but one output too."""
+    monkeypatch.setattr(depthwise_shape, "_MULTIPROCESSORS", 0)
+    small()
+    for outputs in (4, 5):
+        check(1, 16, 1, outputs, (4, 7), (3, 3), dtype, padding=1, stride=stride, layout="NHWC")
+        shape = ways.pop()[0]
+        assert (shape.outputs, shape.rows, shape.columns) == (4, 1 if stride == 3 else 2, 4)
+        assert shape.side == 32
