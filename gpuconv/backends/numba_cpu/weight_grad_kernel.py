@@ -74,18 +74,25 @@ def inward(lanes: Lanes) -> Any:
     def emit(e: Emitter, to: Value, source: Value, ld: Value, count: Value, present: Value, width: Value) -> None:
         builder, n = e.builder, lanes.count
 
-        def columns(k: Value, left: Value) -> list[Value]:
+        def columns(k: Value, left: Value | None) -> list[Value]:
+            """The pixels from ``k`` on, of ``left`` of which nothing more is read; all exist where it is None."""
             found = []
             for o in range(n):
-                there = builder.select(builder.icmp_signed("<", I64(o), present), left, I64(0))
-                found.append(e.masked_load(e.at(source, e.times(ld, o), k), e.mask(there)))
+                place = e.at(source, e.times(ld, o), k)
+                if left is None:
+                    found.append(e.load(place))
+                else:
+                    there = builder.select(builder.icmp_signed("<", I64(o), present), left, I64(0))
+                    found.append(e.masked_load(place, e.mask(there)))
             return e.transposed(found)
 
-        def whole(k: Value) -> None:
-            for u, vector in enumerate(columns(k, I64(n))):
+        def whole(k: Value, left: Value | None) -> None:
+            for u, vector in enumerate(columns(k, left)):
                 e.store(vector, e.at(to, builder.mul(builder.add(k, I64(u)), width)))
 
-        k = e.loop(0, count, n, whole)
+        full = builder.select(builder.icmp_signed(">=", present, I64(n)), count, I64(0))
+        k = e.loop(0, full, n, lambda k: whole(k, None))
+        k = e.loop(k, count, n, lambda k: whole(k, I64(n)))
         left = builder.sub(count, k)
         with builder.if_then(builder.icmp_signed(">", left, I64(0))):
             for u, vector in enumerate(columns(k, left)):
@@ -104,15 +111,19 @@ def outward(lanes: Lanes, stored: str) -> Any:
     def emit(e: Emitter, to: Value, source: Value, ld: Value, count: Value, present: Value, width: Value) -> None:
         builder, n = e.builder, lanes.count
 
-        def put(i: Value, rows: list[Value], left: Value) -> None:
+        def put(i: Value, rows: list[Value], left: Value | None) -> None:
             for o, vector in enumerate(e.transposed(rows)):
-                there = builder.select(builder.icmp_signed("<", I64(o), present), left, I64(0))
-                e.masked_store(vector, e.at(to, e.times(ld, o), i), e.mask(there), stored)
+                place = e.at(to, e.times(ld, o), i)
+                with builder.if_then(builder.icmp_signed("<", I64(o), present)):
+                    if left is None:
+                        e.store(vector, place, stored)
+                    else:
+                        e.masked_store(vector, place, e.mask(left), stored)
 
         def row(i: Value, u: int) -> Value:
             return e.load(e.at(source, builder.mul(builder.add(i, I64(u)), width)))
 
-        i = e.loop(0, count, n, lambda i: put(i, [row(i, u) for u in range(n)], I64(n)))
+        i = e.loop(0, count, n, lambda i: put(i, [row(i, u) for u in range(n)], None))
         left = builder.sub(count, i)
         with builder.if_then(builder.icmp_signed(">", left, I64(0))):
             # Rows beyond the last are not read: the last stands for them.
