@@ -72,8 +72,8 @@ def rows(lanes: Lanes, stored: str) -> Rows:
 
 
 def _ended(e: Emitter, i: Value, count: Value, whole: Callable[[Value], None], cut: Callable[[Value], None]) -> None:
-    """Elements ``i`` to ``count``, less than a vector, after whole ones were done from 0 on: ``cut(i)`` does them under a
-    mask; where masks are slow in stores, ``whole(i)`` does the last vector's length again, if there is as much.
+    """Do elements ``i`` to ``count``, less than a vector, after whole ones were done from 0 on: by ``cut(i)``, under a
+    mask. Where stores under masks are slow, ``whole`` does the last vector's length once more, if there is as much.
     """
     builder, n = e.builder, I64(e.lanes.count)
     with builder.if_then(builder.icmp_signed("<", i, count)):

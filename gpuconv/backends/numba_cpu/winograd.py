@@ -4,7 +4,8 @@
 
 The result is cut in tiles of 4 × 4, and those in strips of some rows of tiles. For each strip the image is transformed
 (``winograd_transforms``), at each of the 36 points the channels are summed, which is a matrix product, and the sums are
-transformed to the result; all of it stays in a core's own cache, or near. The tiles of a strip are one long row.
+transformed to the result; all of it stays in a core's own cache, or near. ``winograd_planes`` has the tiles of a strip,
+one long row, in the lanes of registers; ``winograd_pixels``, for channels-last images, has channels there.
 
 Values of x are added and subtracted before they are multiplied, so that NaN or infinity in one of them reaches all
 outputs of its tiles, and rounding errors are some ten times those of a direct sum, relative to the largest results.
@@ -43,7 +44,8 @@ _REPEATED = 6
 _KEPT = 16 << 20
 # Elements of a strip's transformed inputs and sums, and the most output channels among these.
 _STRIP, _SUMMED = 450_000, 128
-# Tiles of a strip where that is not what decides, and at most which threads share output channels instead of strips.
+# Tiles of a strip with registers of 256 bits, and of channels-last images: what is read from a larger cache is used for
+# many. Tiles of an image up to which threads share its output channels there, instead of its strips.
 _MANY, _FEW = 56, 128
 
 
