@@ -14,6 +14,7 @@ from gpuconv.problem import Conv2dProblem
 # Problems that between them reach every kernel; an implementation runs those that it can.
 _PROBLEMS = (
     "n2c20h9w9_o18kh3kw3_p1",
+    "n2c20h9w9_o64kh3kw3_p1",
     "n2c20h9w9_o18kh3kw3_s2p1",
     "n2c20h9w9_o18kh1kw1",
     "n2c20h9w9_o20kh3kw3_p1g20",
