@@ -35,7 +35,8 @@ def as_integer(call: str, name: str, value: Any, minimum: int, limit: int | None
             raise TypeError
         result = operator.index(value)
     except TypeError:
-        raise TypeError(f"{call}: {name} must be an integer; got {value!r} of type {type(value).__name__}") from None
+        got = f"{said(value)} of type {type(value).__name__}"
+        raise TypeError(f"{call}: {name} must be an integer; got {got}") from None
     if result < minimum:
         raise ValueError(f"{call}: {name} must be at least {minimum}; got {shown(result)}")
     if limit is not None and result >= limit:
@@ -46,6 +47,15 @@ def as_integer(call: str, name: str, value: Any, minimum: int, limit: int | None
 def shown(value: int) -> str:
     """``value`` for a message; Python refuses to print integers of thousands of digits."""
     return str(value) if value.bit_length() <= 256 else f"an integer of {value.bit_length()} bits"
+
+
+def said(value: Any) -> str:
+    """``value`` for a message: of an array its shape, of what is long its beginning."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and shape:
+        return f"an array of shape {tuple(shape)}"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def is_sequence(value: Any) -> bool:
@@ -61,7 +71,7 @@ def as_pair(call: str, name: str, value: Any, minimum: int, form: str = "(rows, 
         integer = as_integer(call, name, value, minimum)
         return integer, integer
     if len(value) != 2:
-        raise ValueError(f"{call}: {name} must be an integer or a pair {form}; got {value!r}")
+        raise ValueError(f"{call}: {name} must be an integer or a pair {form}; got {said(value)}")
     first, second = (as_integer(call, f"{name}[{axis}]", item, minimum) for axis, item in enumerate(value))
     return first, second
 
@@ -82,32 +92,46 @@ def _named_padding(name: str, n: int, k: int, stride: int, dilation: int) -> Pai
     return (large, small) if name == "same_lower" else (small, large)
 
 
-def named_padding(call: str, name: str, n: int, k: int, stride: int, dilation: int) -> Pair:
-    """Padding of one axis by its name."""
-    _check_padding_name(call, name)
-    return _named_padding(name, n, k, stride, dilation)
+# How padding can be given: for images, and for one axis.
+_FORMS = "(rows, columns) or ((top, bottom), (left, right))"
+_FORMS_OF_ONE = "or a pair (before, after)"
 
 
-def _check_padding_name(call: str, name: str) -> None:
+def axis_padding(call: str, padding: Any, n: int, k: int, stride: int, dilation: int) -> Pair:
+    """Padding of one axis, in any accepted form."""
+    if isinstance(padding, str):
+        _check_padding_name(call, padding, _FORMS_OF_ONE)
+        return _named_padding(padding, n, k, stride, dilation)
+    if padding is None:
+        _check_padding_name(call, padding, _FORMS_OF_ONE)
+    return as_pair(call, "padding", padding, 0, "(before, after)")
+
+
+def _check_padding_name(call: str, name: Any, forms: str) -> None:
     if name not in PADDING_NAMES:
         known = ", ".join(repr(known) for known in PADDING_NAMES)
-        raise ValueError(
-            f"{call}: padding must be one of {known}, an integer, (rows, columns) or "
-            f"((top, bottom), (left, right)); got {name!r}"
-        )
+        kind = ValueError if isinstance(name, str) else TypeError
+        raise kind(f"{call}: padding must be one of {known}, an integer, {forms}; got {name!r}")
 
 
 def resolve_padding(
     call: str, padding: Any, sizes: Pair, kernel: Pair, stride: Pair, dilation: Pair, minimum: int = 0
 ) -> Pads:
     """Padding in any accepted form as ((top, bottom), (left, right)), each at least ``minimum``."""
+    if padding is None:
+        _check_padding_name(call, padding, _FORMS)
     if isinstance(padding, str):
-        _check_padding_name(call, padding)
+        _check_padding_name(call, padding, _FORMS)
         named = [_named_padding(padding, *axis) for axis in zip(sizes, kernel, stride, dilation, strict=True)]
         return named[0], named[1]
     if not is_sequence(padding):
         both = as_integer(call, "padding", padding, minimum)
         return (both, both), (both, both)
+    if len(padding) == 4 and all(map(is_sequence, padding)):
+        raise ValueError(
+            f"{call}: padding is for the rows and the columns alone, ((top, bottom), (left, right)), without those of "
+            f"images and channels; got {said(padding)}"
+        )
     if len(padding) == 4:
         raise ValueError(
             f"{call}: padding as a flat sequence of four is ambiguous (ONNX and PyTorch order it differently); "
@@ -187,11 +211,7 @@ def output_size(n: int, k: int, padding: int | Pair | str = 0, stride: int = 1, 
     k = as_integer(call, "k", k, 1, None)
     stride = as_integer(call, "stride", stride, 1)
     dilation = as_integer(call, "dilation", dilation, 1)
-    if isinstance(padding, str):
-        _check_padding_name(call, padding)
-        pads = _named_padding(padding, n, k, stride, dilation)
-    else:
-        pads = as_pair(call, "padding", padding, 0, "(before, after)")
+    pads = axis_padding(call, padding, n, k, stride, dilation)
     require_fit(call, (n,), (k,), (pads,), (dilation,))
     return output_extent(n, k, pads, stride, dilation)
 

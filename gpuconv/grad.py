@@ -293,8 +293,9 @@ def _computed(
 
 def _size(call: str, name: str, value: Any) -> tuple[int, ...]:
     """A shape given as a sequence of integers."""
-    if not geometry.is_sequence(value):
-        raise TypeError(f"{call}: {name} must be a shape, a sequence of integers; got {value!r}")
+    if not geometry.is_sequence(value) or getattr(value, "ndim", 1) != 1:
+        hint = f"; did you mean its shape, {tuple(value.shape)}?" if getattr(value, "shape", ()) else ""
+        raise TypeError(f"{call}: {name} must be a shape, a sequence of integers; got {geometry.said(value)}{hint}")
     return tuple(geometry.as_integer(call, f"{name}[{axis}]", extent, 0, 2**63) for axis, extent in enumerate(value))
 
 

@@ -68,7 +68,11 @@ def four_dimensional(
     ranks = (len(x_shape), len(k_shape))
     if ranks not in ((2, 2), (2, 3), (3, 4), (4, 4)):
         hint = ""
-        if len(x_shape) in (3, 4) and len(k_shape) == 2:
+        if names != ("x", "k"):  # a gradient, for which other calls help
+            pass
+        elif len(x_shape) in (3, 4) and len(k_shape) == 3:
+            hint = "\nFor one filter over all channels, pass k[None]. There is no 3-D convolution."
+        elif len(x_shape) in (3, 4) and len(k_shape) == 2:
             channels = x_shape[image_axes(layout, len(x_shape))[-3]]
             # A colour image as most libraries load it: channels last, whatever the default layout says.
             last = layout == "NHWC" or (x_shape[-1] in (3, 4) and channels not in (1, 3, 4))
@@ -99,8 +103,11 @@ def check_channels(
     I: int,
     groups: int,
     axis: int,
+    layout: str | None = None,
 ) -> None:
-    """Refuse channel counts that do not fit each other or the groups; k's input channels are its ``axis``."""
+    """Refuse channel counts that do not fit each other or the groups; k's input channels are its ``axis``. An image of
+    the other ``layout`` is pointed out.
+    """
     x, k = names
     for name, channels in ((f"{x}'s channels", C), (f"{k}'s output channels", O)):
         if channels % groups:
@@ -109,7 +116,11 @@ def check_channels(
                 f"({x} {x_shape}, {k} {k_shape})"
             )
     if I * groups != C:
+        other = "NHWC" if layout == "NCHW" else "NCHW"
+        swapped = layout and len(x_shape) > 2 and x_shape[image_axes(other, len(x_shape))[-3]] == I * groups
+        hint = f"; or is it layout={other!r}?" if swapped else ""
         raise ValueError(
             f"{call}: {k} has {I} input channels per group (shape {k_shape}) but {x} has {C} channels "
             f"(shape {x_shape}) and groups={groups}; {k}.shape[{axis}] must be {x}'s channels // groups = {C // groups}"
+            f"{hint}"
         )

@@ -143,9 +143,7 @@ def _as_one(call: str, name: str, value: Any) -> int:
 def _padding(call: str, padding: Any, n: int, k: int, stride: int, dilation: int) -> Pair:
     if geometry.is_sequence(padding) and len(padding) == 1:
         padding = padding[0]
-    if isinstance(padding, str):
-        return geometry.named_padding(call, padding, n, k, stride, dilation)
-    return geometry.as_pair(call, "padding", padding, 0, "(before, after)")
+    return geometry.axis_padding(call, padding, n, k, stride, dilation)
 
 
 _PAIRINGS = """\

@@ -402,7 +402,7 @@ x_zero_point
             if extent == 0:
                 raise ValueError(f"{call}: {names[1]} has 0 {name} (shape {k_shape}); a kernel needs at least one")
         axis = layouts.kernel_axes(kernel_layout, 4)[1]
-        layouts.check_channels(call, names, x_shape, k_shape, C, O, I, groups, axis)
+        layouts.check_channels(call, names, x_shape, k_shape, C, O, I, groups, axis, layout)
 
         strides = geometry.as_pair(call, "stride", stride, 1)
         dilations = geometry.as_pair(call, "dilation", dilation, 1)

@@ -109,14 +109,25 @@ bad("x of rank 5", V, "x", "(1, 1, 6, 9, 9)", "do not pair", x=view((1, 1, 6, 9,
 bad("k of rank 1", V, "k", "(3,)", "do not pair", k=view((3,)))
 bad("ranks 2 and 4", V, "(9, 9)", "(12, 6, 3, 3)", "do not pair", x=view((9, 9)))
 bad("ranks 4 and 3", V, "(6, 3, 3)", "do not pair", k=view((6, 3, 3)))
-bad("ranks 3 and 3", V, "(6, 9, 9)", "(6, 3, 3)", "do not pair", x=view((6, 9, 9)), k=view((6, 3, 3)))
+bad(
+    "ranks 3 and 3",
+    V,
+    "(6, 9, 9)",
+    "(6, 3, 3)",
+    "do not pair",
+    "k[None]",
+    "no 3-D convolution",
+    x=view((6, 9, 9)),
+    k=view((6, 3, 3)),
+)
 bad("a number as x", V, "x", "()", "do not pair", x=5)
 bad("True as x", V, "x", "()", "do not pair", x=True)
 bad("no output channels", V, "k", "(0, 6, 3, 3)", "output channels", k=view((0, 6, 3, 3)))
 bad("no kernel rows", V, "k", "(12, 6, 0, 3)", "rows", k=view((12, 6, 0, 3)))
 bad("no kernel columns", V, "k", "(12, 6, 3, 0)", "columns", k=view((12, 6, 3, 0)))
 bad("other channels", V, "k", "(12, 5, 3, 3)", "6 channels", "groups=1", k=view((12, 5, 3, 3)))
-bad("channels of NHWC", V, "(8, 6, 4096, 4096)", "4096 channels", layout="NHWC")
+bad("channels of NHWC", V, "(8, 6, 4096, 4096)", "4096 channels", "is it layout='NCHW'?", layout="NHWC")
+bad("a photo as NCHW", V, "9 channels", "is it layout='NHWC'?", x=view((9, 9, 6)))
 bad("channels of HWIO", V, "(3, 3, 5, 12)", "k.shape[2]", k=view((3, 3, 5, 12)), kernel_layout="HWIO")
 bad("channels per group", V, "6 input channels per group", "groups=2", "= 3", groups=2)
 bad("groups do not divide C", V, "groups", "groups=4", "6 channels", groups=4)
@@ -178,6 +189,7 @@ for name in ("stride", "dilation", "groups"):
 bad("groups=2**62", V, "groups", str(2**62), "divide", groups=2**62)
 bad("nested stride", T, "stride[0]", "(1, 1)", "integer", stride=((1, 1), (1, 1)))
 bad("flat padding", V, "padding", "(1, 1, 1, 1)", "((top, bottom), (left, right))", padding=(1, 1, 1, 1))
+bad("padding of four axes", V, "padding", "((top, bottom), (left, right))", "channels", padding=((0, 0), (1, 1)) * 2)
 bad("flat padding array", V, "padding", "ambiguous", padding=np.array([1, 1, 1, 1]))
 bad("mixed padding", V, "padding", "(1, (1, 1))", "same form", padding=(1, (1, 1)))
 bad("ragged padding", V, "padding[1]", "(1,)", "(left, right)", padding=((1, 1), (1,)))

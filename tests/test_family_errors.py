@@ -296,6 +296,18 @@ def test_what_the_bad_calls_change_is_good(call):
     assert family.public(call)(**GOOD[call]).shape == RESULTS[call]
 
 
+def test_an_array_in_the_place_of_its_shape_is_told_so():
+    """Its numbers would fill the message."""
+    x, k = view((2, 6, 9, 9)), view((8, 6, 3, 3))
+    for call, arguments in (("conv2d_input", (x, k, x)), ("conv2d_weight", (x, k, x))):
+        with pytest.raises(TypeError, match=rf"{call}: \w+_size .* did you mean its shape, \(") as raised:
+            family.public(call)(*arguments)
+        assert len(str(raised.value)) < 200
+    with pytest.raises(ValueError, match="do not pair") as refused:
+        family.public("conv2d_weight")(x, (3, 3), x)
+    assert "conv2d(" not in str(refused.value)
+
+
 def test_a_result_larger_than_the_address_space_is_a_memory_error():
     one = [[[[1.0]]]]
     for call, arguments in (

@@ -320,6 +320,31 @@ def test_a_flat_four_is_refused_with_the_form_to_write(padding):
     )
 
 
+def test_padding_of_four_axes_and_none_are_told_what_is_taken():
+    four = [[0, 0], [1, 1], [2, 2], [0, 0]]  # TensorFlow's, numpy.pad's
+    refused(
+        lambda: resolve(four), ValueError, "test: padding", "((top, bottom), (left, right))", "channels", repr(four)
+    )
+    for call, pair in (
+        (lambda: resolve(None), "(rows, columns)"),
+        (lambda: geometry.output_size(9, 3, None), "(before"),
+    ):
+        refused(call, TypeError, "padding", pair, "'same'", "got None")
+    for name in ("SAME", None):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            geometry.output_size(9, 3, name)
+        assert "(top, bottom)" not in str(caught.value)
+
+
+def test_a_value_that_is_an_array_is_shown_by_its_shape():
+    many = np.zeros((3, 40, 50))
+    refused(lambda: geometry.as_pair("test", "stride", many, 1), ValueError, "stride", "an array of shape (3, 40, 50)")
+    refused(lambda: geometry.as_integer("test", "groups", many, 1), TypeError, "groups", "shape (3, 40, 50)", "ndarray")
+    with pytest.raises(ValueError, match="stride") as caught:
+        geometry.as_pair("test", "stride", [1] * 10_000, 1)
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize(
     "padding", [(), (1,), (1, 2, 3), (1, 2, 3, 4, 5), ((1, 2),), ((1, 2), (3, 4, 5)), ((1,), (2,))]
 )
