@@ -7,8 +7,10 @@ Three questions stay apart. *Valid?* is the problem's own. *Can?* is what each i
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -184,11 +186,28 @@ def check_agreement(call: str, kind: str | None, device: Any, backend: str | Non
         raise ValueError(f"{call}: backend={backend!r} runs on the {implied}; it contradicts device={device!r}")
 
 
+def _largest_array(problem: Conv2dProblem) -> int:
+    """Bytes of the largest of the operands and the result."""
+    arrays = zip(
+        (*problem.operand_shapes, problem.result_shape),
+        (problem.x_dtype, problem.k_dtype, problem.y_dtype),
+        strict=True,
+    )
+    return max(math.prod(shape) * dtypes.itemsize(dtype) for shape, dtype in arrays if shape is not None)
+
+
 def reasons(name: str, problem: Conv2dProblem, target: Target) -> list[str]:
     """Every reason why ``name`` cannot run ``problem`` here."""
-    module = implementation(name)
-    missing = module.unavailable()
-    return [missing] if missing is not None else module.unsupported(problem, target)
+    missing = implementation(name).unavailable()
+    return [missing] if missing is not None else unsupported(name, problem, target)
+
+
+def unsupported(name: str, problem: Conv2dProblem, target: Target) -> list[str]:
+    """What of ``problem`` the implementation ``name`` does not serve."""
+    largest = _largest_array(problem)
+    if largest > sys.maxsize:  # only a line can describe such a problem; implementations count in machine integers
+        return [f"it has an array of {largest} bytes, beyond any address space"]
+    return implementation(name).unsupported(problem, target)
 
 
 def attempt(
@@ -301,7 +320,7 @@ def resolve(call: str, device: Any, backend: Any, home: int | None, stacklevel: 
 
 def fallback_policy() -> str:
     """What a missing GPU leads to: ``GPUCONV_FALLBACK``, one of warn, error and silent."""
-    policy = os.environ.get("GPUCONV_FALLBACK", "warn")
+    policy = os.environ.get("GPUCONV_FALLBACK") or "warn"
     if policy not in ("warn", "error", "silent"):
         raise ValueError(f"GPUCONV_FALLBACK must be warn, error or silent; got {policy!r}")
     return policy

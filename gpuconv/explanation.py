@@ -366,11 +366,11 @@ x_zero_point, k_zero_point, dtype, precision, out
         able = [
             name
             for name in names
-            if not dispatch.held_back(name, backend)
-            and not dispatch.implementation(name).unsupported(problem, Target("cuda", 0))
+            if not dispatch.held_back(name, backend) and not dispatch.unsupported(name, problem, Target("cuda", 0))
         ]
-        why = rules.get(able[0], "first in the table that can run" if able[0] == names[0] else "the first that can")
-        note += f"On a GPU machine {able[0]} would run ({why})."
+        if able:
+            why = rules.get(able[0], "first in the table that can run" if able[0] == names[0] else "the first that can")
+            note += f"On a GPU machine {able[0]} would run ({why})."
         if policy == "error":
             note = _joined(blocks, note)
             return Explanation(problem, target, None, None, _table(problem, target, backend, limit, None), note)
@@ -480,8 +480,7 @@ def _table(
                 found = rejected.get(name) or _reasons(name, problem, here, limit, backend)
                 # What is missing on the machine hides what the problem needs: say both.
                 if dispatch.implementation(name).unavailable() is not None:
-                    unsupported = dispatch.implementation(name).unsupported(problem, here)
-                    found = (*found, *unsupported)
+                    found = (*found, *dispatch.unsupported(name, problem, here))
                 # Said beside whatever else stands in the way.
                 held = tuple(dispatch.held_back(name, backend))
                 found = (*held, *(reason for reason in found if reason not in held))

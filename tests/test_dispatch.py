@@ -68,9 +68,10 @@ def test_the_policy_on_falling_back(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.array_equal(conv2d(X, K, device="cuda"), wanted)
-    monkeypatch.setenv("GPUCONV_FALLBACK", "warn")
-    with pytest.warns(gpuconv.DeviceFallbackWarning):
-        assert np.array_equal(conv2d(X, K, device="cuda"), wanted)
+    for policy in ("warn", ""):
+        monkeypatch.setenv("GPUCONV_FALLBACK", policy)
+        with pytest.warns(gpuconv.DeviceFallbackWarning):
+            assert np.array_equal(conv2d(X, K, device="cuda"), wanted)
     monkeypatch.setenv("GPUCONV_FALLBACK", "error")
     with pytest.raises(gpuconv.NoBackendError, match="GPUCONV_FALLBACK=error") as raised:
         conv2d(X, K, device="cuda")
@@ -280,6 +281,20 @@ def test_explain_names_what_conv2d_runs(case, monkeypatch):
         monkeypatch.setattr(dispatch.implementation(name), "run", lambda plan, *rest, name=name: ran.append(name))
     conv2d(x, k, device="cpu", **options)
     assert ran == [explain(x, k, device="cpu", **options).implementation]
+
+
+def test_a_problem_beyond_any_address_space_is_an_answer():
+    """A line can describe what no machine holds, and implementations count in machine integers."""
+    for line, size in (
+        ("n9999999999999999999c1h5w5_o1kh3kw3_f32", 9999999999999999999 * 25 * 4),
+        ("n9999999999999999999c1h5w5_o1kh3kw3_dgrad_f32", 9999999999999999999 * 25 * 4),
+        ("n1c1h1w9999999999999999999_o1kh1kw9999999999999999999_f64", 9999999999999999999 * 8),
+    ):
+        for device in ("cpu", "auto"):
+            report = explain(line, device=device)
+            assert report.implementation is None
+            assert f"{size} bytes, beyond any address space" in report.note
+            assert report.to_dict()["implementations"]
 
 
 # ---- problem lines
