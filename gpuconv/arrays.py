@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -265,9 +265,11 @@ def to_device(array: Array, ordinal: int) -> Array:
         return moved
 
 
-def is_swapped(operand: Operand | None) -> bool:
-    """Whether an operand is a host array in another byte order than the machine's."""
-    return operand is not None and operand.device is None and not operand.array.dtype.isnative
+def unswapped(operand: Any) -> Any:
+    """An operand, if there is one, with a copy of a host array that is in another byte order than the machine's."""
+    if operand is None or operand.device is not None or operand.array.dtype.isnative:
+        return operand
+    return replace(operand, array=native(operand.array))
 
 
 def native(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

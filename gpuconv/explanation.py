@@ -300,7 +300,7 @@ x_zero_point, k_zero_point, dtype, precision, out
     ...
     """
     call = "explain"
-    home = blocks = None
+    home, blocks, copies = None, None, None
     if isinstance(x, str):
         given = {
             "k": k, "bias": bias, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups,
@@ -376,8 +376,9 @@ x_zero_point, k_zero_point, dtype, precision, out
             return Explanation(problem, target, None, None, _table(problem, target, backend, limit, None), note)
     else:
         target = dispatch.resolve(call, device, backend, home)
-        if target.device == "cpu" and any(isinstance(a, np.ndarray) and not a.dtype.isnative for a in (x, k)):
-            target = replace(target, swapped=True)
+        if target.device == "cpu":
+            copies = request.copied_to_swap((x, k), limit)
+            target, limit = replace(target, swapped=copies is None), limit - (copies or 0)
         if not (_is_shape(k) or k is None or arrays.is_dask(k)):
             kernel = arrays.operand(call, "k", k)
             target, _ = request.told_by_values(problem, target, backend, kernel, whole=whole)
@@ -392,7 +393,8 @@ x_zero_point, k_zero_point, dtype, precision, out
         from gpuconv import cutting
 
         note = cutting.described(pieces)
-    return Explanation(problem, target, choice.name, choice.plan, table, _joined(blocks, note))
+    plan = replace(choice.plan, workspace=choice.plan.workspace + copies) if copies else choice.plan
+    return Explanation(problem, target, choice.name, plan, table, _joined(blocks, note))
 
 
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(explain).parameters.items()}

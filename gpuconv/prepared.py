@@ -279,7 +279,7 @@ def _rebuilt(kernel: Any, bias: Any, arguments: dict[str, Any]) -> Conv2d:
 def _snapshot(operand: Operand) -> Operand:
     """A contiguous copy, in memory of its own."""
     with arrays.on_stream(operand.device, operand.stream):
-        copy = operand.array.copy(order="C")
+        copy = arrays.native(operand.array.copy(order="C")) if operand.device is None else operand.array.copy(order="C")
     if operand.device is not None:
         arrays.synchronize(operand.device)
     return replace(operand, array=copy, stream=None)

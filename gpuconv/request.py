@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from numbers import Number
 from typing import TYPE_CHECKING, Any, Protocol
@@ -197,8 +197,14 @@ def compute(
     problem, home = request.problem, request.first.device
     pointer = arrays.stream_pointer(call, stream)
     target = dispatch.resolve(call, device, backend, home, stacklevel=4)
-    if target.device == "cpu" and any(map(arrays.is_swapped, (request.first, request.second))):
-        target = replace(target, swapped=True)
+    if target.device == "cpu":
+        operands = request.first.array, None if request.second is None else request.second.array
+        copies = copied_to_swap(operands, limit)
+        if copies is None:
+            target = replace(target, swapped=True)
+        elif copies:
+            first, second = arrays.unswapped(request.first), arrays.unswapped(request.second)
+            request, limit = replace(request, first=first, second=second), limit - copies
     target, by_value = told_by_values(problem, target, backend, request.second, keeper)
     choice = dispatch.choose(call, problem, target, backend, limit)
     shortage = ""
@@ -231,6 +237,15 @@ def _with_less(
     except (MemoryError, NoBackendError):
         return None
     return (smaller, limit) if smaller.plan.workspace < choice.plan.workspace else None
+
+
+def copied_to_swap(operands: Iterable[Any], limit: int) -> int | None:
+    """Bytes of the copies of host ``operands`` that are in another byte order than the machine's: half of ``limit`` at
+    most, or None, where few implementations read them as they are.
+    """
+    foreign = (array for array in operands if isinstance(array, np.ndarray) and not array.dtype.isnative)
+    copies = sum(array.nbytes for array in foreign)
+    return copies if copies <= limit // 2 else None
 
 
 # Weights of a kernel whose values are looked through for the largest: a few tens of microseconds.

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from running import SERVE_EVERYTHING
 
 import gpuconv
-from gpuconv import Conv2dProblem, conv2d, dispatch, dtypes, explain
+from gpuconv import Conv2dProblem, conv2d, dispatch, dtypes, explain, request
 
 GPU_NAMES = tuple(name for name in dispatch.serving("forward") if dispatch.DEVICES[dispatch.library_of(name)] == "cuda")
 PROVEN = tuple(name for name in GPU_NAMES if not dispatch.is_experimental(name))
@@ -260,7 +260,9 @@ def test_scratch_stays_within_what_explain_announces(case, name, monkeypatch):
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        assert [(plan.workspace, plan.detail) for plan in ran] == [(report.workspace, report.plan.detail)]
+        # Operands in another byte order are copied before an implementation sees them, where the limit has room.
+        copies = request.copied_to_swap((x, k), request.workspace("conv2d", limit)) or 0
+        assert [(plan.workspace + copies, plan.detail) for plan in ran] == [(report.workspace, report.plan.detail)]
         assert report.implementation == name
         assert limit is None or report.workspace <= limit
         assert peak <= report.workspace + LOOP_BUFFERS, f"{peak} bytes for {report.workspace} with limit {limit}"

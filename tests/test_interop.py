@@ -16,7 +16,7 @@ import oracle
 import pytest
 import units
 
-from gpuconv import conv2d, explain
+from gpuconv import Conv2d, conv2d, explain
 
 X = np.random.default_rng(3).integers(-9, 9, (2, 3, 6, 7)).astype(np.float32)
 K = np.random.default_rng(4).integers(-9, 9, (4, 3, 3, 2)).astype(np.float32)
@@ -196,6 +196,23 @@ def read_only(a: np.ndarray) -> np.ndarray:
     frozen = a.copy()
     frozen.flags.writeable = False
     return frozen
+
+
+def test_a_foreign_byte_order_costs_one_copy():
+    """FITS files and many TIFFs are big-endian: what they hold takes the same way, and gives the same bits."""
+    rng = np.random.default_rng(3)
+    for dtype in (np.float32, np.uint16):
+        x, k = (100 * rng.random((40, 50))).astype(dtype), rng.random((3, 3), np.float32)
+        wanted, plain = conv2d(x, k, padding=1), explain(x, k, padding=1)
+        for image, kernel in ((foreign_order(x), k), (x, foreign_order(k)), (foreign_order(x), foreign_order(k))):
+            report = explain(image, kernel, padding=1)
+            copied = sum(array.nbytes for array in (image, kernel) if not array.dtype.isnative)
+            assert report.implementation == plain.implementation
+            assert report.workspace == plain.workspace + copied
+            assert conv2d(image, kernel, padding=1).tobytes() == wanted.tobytes()
+            assert Conv2d(kernel, padding=1)(image).tobytes() == wanted.tobytes()
+            few = explain(image, kernel, padding=1, workspace_limit=2 * copied - 1)
+            assert few.implementation is None or few.implementation.startswith("numpy.")
 
 
 FORMS = {
