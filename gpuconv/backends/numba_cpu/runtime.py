@@ -11,8 +11,10 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -65,6 +67,26 @@ def vector_bits() -> int:
     return 128 if llvm.get_process_triple().startswith(("aarch64", "arm64")) else 0
 
 
+# Bytes of a core's second-level cache where the system does not tell.
+_L2 = 1 << 20
+
+
+@functools.lru_cache(maxsize=64)
+def l2_bytes() -> int:
+    """Bytes of a core's second-level cache. Blocks are measured by it; no sum is."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if sys.platform == "darwin":
+            size, room = ctypes.c_int64(), ctypes.c_size_t(8)
+            system = ctypes.CDLL(None)
+            if not system.sysctlbyname(b"hw.l2cachesize", ctypes.byref(size), ctypes.byref(room), None, 0):
+                return size.value or _L2
+        for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+            level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
+            if level == "2" and kind != "Instruction":
+                return int(size.removesuffix("K")) * 1024 or _L2
+    return _L2
+
+
 def unavailable() -> str | None:
     """Why this machine cannot run compiled kernels, with the remedy; None when it can."""
     if numba.config.DISABLE_JIT:
@@ -114,8 +136,25 @@ def _call(typing: Any, function: Any, arguments: Any, thread: Any, threads: Any)
     return types.void(function, arguments, thread, threads), lower
 
 
-# Entries of a table of arguments. The first ARRAYS are the addresses of a call's arrays.
+# Entries of a table of arguments. The first ARRAYS are the addresses of a call's arrays; one after the last counts the
+# tasks that threads have taken: every call has a table of its own, in which it begins at 0.
 TABLE, ARRAYS = 64, 6
+_TAKEN = TABLE
+_LENGTH = TABLE + 1
+
+
+@intrinsic
+def take(typing: Any, arguments: Any) -> Any:
+    """The number of a call's next task, from 0 on, which no other thread gets: so all threads end at about the same
+    time, also where one has the slower core, or has to share it.
+    """
+
+    def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        address = context.cast(builder, values[0], signature.args[0], types.intp)
+        counter = builder.gep(builder.inttoptr(address, I64.as_pointer()), [I64(_TAKEN)])
+        return builder.atomic_rmw("add", counter, I64(1), "monotonic")
+
+    return types.intp(arguments), lower
 
 
 @intrinsic
@@ -125,9 +164,9 @@ def _filled(typing: Any, template: Any, arrays: Any) -> Any:
     """
 
     def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        table = cgutils.alloca_once(builder, ir.ArrayType(I64, TABLE))
-        source = builder.inttoptr(values[0], ir.ArrayType(I64, TABLE).as_pointer())
-        cgutils.raw_memcpy(builder, table, source, I64(TABLE), 8, align=8)
+        table = cgutils.alloca_once(builder, ir.ArrayType(I64, _LENGTH))
+        source = builder.inttoptr(values[0], ir.ArrayType(I64, _LENGTH).as_pointer())
+        cgutils.raw_memcpy(builder, table, source, I64(_LENGTH), 8, align=8)
         for index, given in enumerate(cgutils.unpack_tuple(builder, values[1])):
             with builder.if_then(builder.icmp_unsigned("!=", given, I64(0))):
                 field = builder.inttoptr(builder.add(given, I64(_DATA)), I64.as_pointer())
@@ -187,8 +226,8 @@ class Task:
 
     def __init__(self, kernel: int, entries: Sequence[int], threads: int, keep: Any = None) -> None:
         """``entries`` follow the addresses of arrays in the table; ``keep`` is what they point to."""
-        table = np.zeros(TABLE, np.int64)
-        table[ARRAYS : ARRAYS + len(entries)] = entries
+        table = np.zeros(_LENGTH, np.int64)
+        table[ARRAYS:TABLE][: len(entries)] = entries
         self.kernel, self.address, self.threads, self.keep = kernel, table.ctypes.data, threads, (table, keep)
         self.start = starter(False) if threads == 1 else _parallel
 
