@@ -71,73 +71,63 @@ def rows(lanes: Lanes, stored: str) -> Rows:
     return Rows(read, write, fill)
 
 
-def _ended(e: Emitter, i: Value, count: Value, whole: Callable[[Value], None], cut: Callable[[Value], None]) -> None:
-    """Do elements ``i`` to ``count``, less than a vector, after whole ones were done from 0 on: by ``cut(i)``, under a
-    mask. Where stores under masks are slow, ``whole`` does the last vector's length once more, if there is as much.
+def _each(e: Emitter, count: Value, whole: Callable[[Value], None], cut: Callable[[Value, Value], None]) -> None:
+    """``whole(i)`` for every vector of a row, ``cut(i, mask)`` for what is left.
+
+    Processors without AVX-512 are slow to store the first lanes of a vector: there the last vector overlaps the one
+    before it, and only rows shorter than a vector are cut.
     """
-    builder, n = e.builder, I64(e.lanes.count)
-    with builder.if_then(builder.icmp_signed("<", i, count)):
+    builder, lanes = e.builder, e.lanes.count
+    i = e.loop(0, count, lanes, whole)
+    rest = builder.sub(count, i)
+    with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
         if e.lanes.bits == 512:
-            cut(i)
-            return
-        with builder.if_else(builder.icmp_signed(">=", count, n)) as (enough, few):
-            with enough:
-                whole(builder.sub(count, n))
-            with few:
-                cut(i)
+            cut(i, e.mask(rest))
+        else:
+            with builder.if_else(builder.icmp_signed(">", i, I64(0))) as (long, short):
+                with long:
+                    whole(builder.sub(count, I64(lanes)))
+                with short:
+                    cut(i, e.mask(rest))
 
 
 def _widen(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> None:
-    def whole(i: Value) -> None:
-        e.store(e.load(e.at(source, i), stored), e.at(to, i))
-
-    def cut(i: Value) -> None:
-        mask = e.mask(e.builder.sub(count, i))
+    def cut(i: Value, mask: Value) -> None:
         e.masked_store(e.masked_load(e.at(source, i), mask, stored), e.at(to, i), mask)
 
-    _ended(e, e.loop(0, count, e.lanes.count, whole), count, whole, cut)
+    _each(e, count, lambda i: e.store(e.load(e.at(source, i), stored), e.at(to, i)), cut)
 
 
 def _narrow(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> None:
-    def whole(i: Value) -> None:
-        e.store(e.load(e.at(source, i)), e.at(to, i), stored)
-
-    def cut(i: Value) -> None:
-        mask = e.mask(e.builder.sub(count, i))
+    def cut(i: Value, mask: Value) -> None:
         e.masked_store(e.masked_load(e.at(source, i), mask), e.at(to, i), mask, stored)
 
-    _ended(e, e.loop(0, count, e.lanes.count, whole), count, whole, cut)
+    _each(e, count, lambda i: e.store(e.load(e.at(source, i)), e.at(to, i), stored), cut)
 
 
 def _widen2(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> None:
     """Every second element."""
-    builder = e.builder
 
     def place(i: Value) -> Value:
-        return e.at(source, builder.mul(i, I64(2)))
+        return e.at(source, e.builder.mul(i, I64(2)))
 
-    def whole(i: Value) -> None:
-        e.store(e.load_even(place(i), stored), e.at(to, i))
+    def cut(i: Value, mask: Value) -> None:
+        e.masked_store(e.masked_load_even(place(i), e.builder.sub(count, i), stored), e.at(to, i), mask)
 
-    def cut(i: Value) -> None:
-        rest = builder.sub(count, i)
-        e.masked_store(e.masked_load_even(place(i), rest, stored), e.at(to, i), e.mask(rest))
-
-    _ended(e, e.loop(0, count, e.lanes.count, whole), count, whole, cut)
+    _each(e, count, lambda i: e.store(e.load_even(place(i), stored), e.at(to, i)), cut)
 
 
 def _fill(e: Emitter, to: Value, value_at: Value, count: Value) -> None:
-    builder = e.builder
-    number = builder.load(value_at)
+    number = e.builder.load(value_at)
     value = e.splat(number)
 
-    def whole(i: Value) -> None:
-        e.store(value, e.at(to, i))
+    def one(i: Value) -> None:
+        e.builder.store(number, e.at(to, i))
 
-    def cut(i: Value) -> None:
+    def cut(i: Value, mask: Value) -> None:
         if e.lanes.bits == 512:
-            e.masked_store(value, e.at(to, i), e.mask(builder.sub(count, i)))
-        else:
-            e.loop(i, count, 1, lambda i: builder.store(number, e.at(to, i)))
+            e.masked_store(value, e.at(to, i), mask)
+        else:  # a border of one or two, mostly
+            e.loop(i, count, 1, one)
 
-    _ended(e, e.loop(0, count, e.lanes.count, whole), count, whole, cut)
+    _each(e, count, lambda i: e.store(value, e.at(to, i)), cut)
