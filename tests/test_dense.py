@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import calls
@@ -79,6 +80,57 @@ def test_the_dense_kernels_sum_alike():
     for line, names in (("n3c330h4w5_o9kh1kw1", MODULES), ("n7c40h7w7_o21kh3kw3_p1", ("strip", "merged"))):
         found = {computed(MODULES[name], line, "f32", None, 2)[0].tobytes() for name in names}
         assert len(found) == 1, line
+
+
+STRAIGHT = ("n2c3h20w31_o13kh3kw3_p1_bias_relu", "n1c4h13w112_o9kh5kw5_s2p2", "n2c6h9w40_o10kh3kw3_p1g2_reflect")
+
+
+@pytest.mark.parametrize("bits", [128, 256])
+def test_tiles_written_straight_to_the_result_have_the_bits_of_sums(monkeypatch, bits):
+    asked, usual = [], strip._direct
+    monkeypatch.setattr(strip, "_direct", lambda plan, out: asked.append(usual(plan, out)) or asked[-1])
+    straight = [computed(strip, line, "f32", bits, 2)[0].tobytes() for line in STRAIGHT]
+    assert asked == [True] * len(STRAIGHT)
+    monkeypatch.setattr(strip, "_direct", lambda plan, out: False)
+    assert straight == [computed(strip, line, "f32", bits, 2)[0].tobytes() for line in STRAIGHT]
+
+
+@pytest.mark.parametrize("gap", ["between columns", "between elements"])
+def test_a_result_with_gaps_is_not_written_straight(gap):
+    x, k = (
+        np.random.default_rng(3).standard_normal(shape).astype(np.float32) for shape in ((1, 3, 9, 40), (5, 3, 3, 3))
+    )
+    wanted = gpuconv.conv2d(x, k, padding=1, backend="numba_cpu.strip")
+    if gap == "between columns":
+        out = np.zeros((1, 5, 9, 80), np.float32)[..., ::2]
+    else:  # rows of 40 numbers and a byte
+        out = np.zeros((1, 5, 9), np.dtype([("y", np.float32, 40), ("tag", np.uint8)]))["y"]
+    gpuconv.conv2d(x, k, padding=1, out=out, backend="numba_cpu.strip")
+    assert out.tobytes() == wanted.tobytes()
+
+
+def test_the_cache_decides_blocks_and_no_bit(monkeypatch):
+    line = "n1c40h33w50_o160kh3kw3_p1_f32"
+    plans, results = set(), set()
+    for size in (64 << 10, 512 << 10, 1 << 20, 32 << 20):
+        monkeypatch.setattr(runtime, "l2_bytes", lambda size=size: size)
+        plans.add(strip.plan(Conv2dProblem.parse(line), Target("cpu", None, 2), MOST).detail)
+        results.add(computed(strip, line.removesuffix("_f32"), "f32", None, 2)[0].tobytes())
+    assert len(plans) == 3 and len(results) == 1  # 1 MB and more are alike
+
+
+def test_the_size_of_the_cache_is_what_the_system_says():
+    said = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in getattr(os, "sysconf_names", {}) else 0
+    if said <= 0:
+        pytest.skip("this system does not tell")
+    assert runtime.l2_bytes() == said
+
+
+def test_a_table_of_arguments_that_is_too_long_is_refused():
+    most = runtime.TABLE - runtime.ARRAYS
+    runtime.Task(0, [0] * most, 1)
+    with pytest.raises(ValueError, match="broadcast"):
+        runtime.Task(0, [0] * (most + 1), 1)
 
 
 def test_registers_are_asked_for_by_name(monkeypatch):

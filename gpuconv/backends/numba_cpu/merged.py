@@ -20,6 +20,7 @@ from gpuconv import schedule
 from gpuconv.backends.numba_cpu import dense, runtime, strip, weights
 from gpuconv.backends.numba_cpu.copies import compiled, rows
 from gpuconv.backends.numba_cpu.microkernel import BLOCK, TILES, tile
+from gpuconv.backends.numba_cpu.runtime import take
 from gpuconv.backends.numba_cpu.strip import (
     COLUMN_EXTENT,
     FINISH,
@@ -142,7 +143,7 @@ def _run(plan: Plan, operands: Operands, out: Any) -> None:
 class Bound(strip.Bound):
     """A plan for arrays of certain strides: what is left of a call is to run it."""
 
-    def _kernel(self) -> tuple[int, list[int], Any]:
+    def _kernel(self, out: Any) -> tuple[int, list[int], Any]:
         lanes, config, problem = self.lanes, self.plan.config, self.plan.problem
         x, y = problem.x_dtype, problem.y_dtype
         width = TILES[lanes.bits][1] * lanes.count
@@ -212,7 +213,11 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
         finish, panel_offsets = get(arguments, FINISH), get(arguments, PANEL_OFFSETS)
         companies, outputs = (N_ + together - 1) // together, (O_ + ob - 1) // ob
         tasks = G_ * outputs * companies
-        for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
+        filled = False  # whether the inputs have the border
+        while True:
+            task = take(arguments)
+            if task >= tasks:
+                break
             g, rest = task // (outputs * companies), task % (outputs * companies)
             o0, n0 = rest // companies * ob, rest % companies * together
             o1, n1 = min(O_, o0 + ob), min(N_, n0 + together)
@@ -225,7 +230,8 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
                     source = (
                         get(arguments, X) + n * get(arguments, SXN) + g * get(arguments, SXG) + c0 * get(arguments, SXC)
                     )
-                    fill(arguments, inputs, source, channels, 0, high, 0, wide, c0 > 0 or n > n0)
+                    fill(arguments, inputs, source, channels, 0, high, 0, wide, filled)
+                    filled = True
                     place(
                         panels, inputs, get(arguments, OFFSETS), K, (n - n0) * pixels, OH_, OW_, get(arguments, PITCH)
                     )

@@ -14,8 +14,9 @@ from typing import Any
 
 from gpuconv.backends.numba_cpu.vectors import I64, Emitter, Lanes, Value, routine
 
-# (MR, NV) by the bits of a register: as many sums as the register file holds beside NV of B and one of A.
-TILES = {512: (8, 3), 256: (6, 2), 128: (8, 3)}
+# (MR, NV) by the bits of a register: as many sums as the register file holds beside NV of B and one of A. Of AVX2's 16,
+# 4×3 reads 7 operands for 12 products and leaves no channel of 32, 64, … over; 6×2 reads 8.
+TILES = {512: (8, 3), 256: (4, 3), 128: (8, 3)}
 
 # Products that one call of the micro-kernel sums, at most: 35 channels of a 3×3 kernel.
 BLOCK = 320
@@ -34,12 +35,17 @@ def tile(lanes: Lanes, rows: int, vectors: int, ahead: int = 0) -> Any:
     def emit(e: Emitter, a: Value, b: Value, off: Value, c: Value, K: Value, ldc: Value, accumulate: Value,
              last: Value, following: Value, bias: Value, floor: Value) -> None:  # fmt: skip
         builder = e.builder
-        entry, loop, add, finish = builder.block, e.block("loop"), e.block("add"), e.block("finish")
-        mask = e.mask(last)
+        entry, loop = builder.block, e.block("loop")
+        mask = e.mask(last) if e.lanes.bits == 512 else None
 
         def place(i: int, j: int) -> Value:
             return e.at(c, e.times(ldc, i), j * e.lanes.count)
 
+        if e.lanes.bits < 512:
+            # What is added to at the end is seldom in the first-level cache.
+            for i in range(rows):
+                for j in range(0, vectors, 64 // e.lanes.size // e.lanes.count):
+                    e.prefetch(place(i, j))
         builder.branch(loop)
 
         builder.position_at_end(loop)
@@ -63,41 +69,55 @@ def tile(lanes: Lanes, rows: int, vectors: int, ahead: int = 0) -> Any:
         after = e.block("after")
         builder.cbranch(builder.icmp_signed("<", following_k, K), loop, after)
 
+        def end(mask: Value | None) -> None:
+            """Add what was in C, or the bias, and write; with ``mask`` not all lanes of the last vector."""
+            before, add, finish = builder.block, e.block("add"), e.block("finish")
+
+            def masked(j: int) -> bool:
+                return mask is not None and j == vectors - 1
+
+            builder.cbranch(builder.icmp_signed("!=", accumulate, I64(0)), add, finish)
+            builder.position_at_end(add)
+            more = [
+                [
+                    builder.fadd(e.masked_load(place(i, j), mask) if masked(j) else e.load(place(i, j)), new[i][j])
+                    for j in range(vectors)
+                ]
+                for i in range(rows)
+            ]  # fmt: skip
+            builder.branch(finish)
+
+            builder.position_at_end(finish)
+            totals = e.sums(rows, vectors, [(before, new), (add, more)])
+            last_block, write = e.block("last"), e.block("write")
+            going_on = builder.icmp_signed("==", builder.ptrtoint(bias, I64), I64(0))
+            builder.cbranch(going_on, write, last_block)
+            builder.position_at_end(last_block)
+            least = e.splat(builder.load(floor))
+            done = []
+            for i in range(rows):
+                offset_i = e.splat(builder.load(e.at(bias, i)))
+                values = [builder.fadd(totals[i][j], offset_i) for j in range(vectors)]
+                done.append([builder.select(builder.fcmp_ordered("<", v, least), least, v) for v in values])
+            builder.branch(write)
+
+            builder.position_at_end(write)
+            results = e.sums(rows, vectors, [(finish, totals), (last_block, done)])
+            for i in range(rows):
+                for j in range(vectors):
+                    if masked(j):
+                        e.masked_store(results[i][j], place(i, j), mask)
+                    else:
+                        e.store(results[i][j], place(i, j))
+
         builder.position_at_end(after)
-        builder.cbranch(builder.icmp_signed("!=", accumulate, I64(0)), add, finish)
-        builder.position_at_end(add)
-        more = [
-            [
-                builder.fadd(
-                    e.load(place(i, j)) if j < vectors - 1 else e.masked_load(place(i, j), mask), new[i][j]
-                )
-                for j in range(vectors)
-            ]
-            for i in range(rows)
-        ]  # fmt: skip
-        builder.branch(finish)
-
-        builder.position_at_end(finish)
-        totals = e.sums(rows, vectors, [(after, new), (add, more)])
-        last_block, write = e.block("last"), e.block("write")
-        going_on = builder.icmp_signed("==", builder.ptrtoint(bias, I64), I64(0))
-        builder.cbranch(going_on, write, last_block)
-        builder.position_at_end(last_block)
-        least = e.splat(builder.load(floor))
-        done = []
-        for i in range(rows):
-            offset_i = e.splat(builder.load(e.at(bias, i)))
-            values = [builder.fadd(totals[i][j], offset_i) for j in range(vectors)]
-            done.append([builder.select(builder.fcmp_ordered("<", v, least), least, v) for v in values])
-        builder.branch(write)
-
-        builder.position_at_end(write)
-        results = e.sums(rows, vectors, [(finish, totals), (last_block, done)])
-        for i in range(rows):
-            for j in range(vectors):
-                if j < vectors - 1:
-                    e.store(results[i][j], place(i, j))
-                else:
-                    e.masked_store(results[i][j], place(i, j), mask)
+        if e.lanes.bits == 512:
+            end(mask)
+        else:  # without AVX-512, to store the first lanes of a vector takes as long as a dozen whole ones
+            with builder.if_else(builder.icmp_signed("==", last, I64(e.lanes.count))) as (whole, cut):
+                with whole:
+                    end(None)
+                with cut:
+                    end(e.mask(last))
 
     return routine(f"tile_{lanes}_{rows}x{vectors}_{ahead}", lanes, "eeteiiiieee", emit)

@@ -18,6 +18,7 @@ from gpuconv import schedule
 from gpuconv.backends.numba_cpu import dense, runtime, strip, weights
 from gpuconv.backends.numba_cpu.copies import compiled, rows
 from gpuconv.backends.numba_cpu.microkernel import TILES, tile
+from gpuconv.backends.numba_cpu.runtime import take
 from gpuconv.backends.numba_cpu.vectors import Lanes, get
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import NO_PADS, Conv2dProblem
@@ -35,7 +36,7 @@ X, WEIGHTS, Y, SCRATCH, FINISH, OFFSETS = range(runtime.ARRAYS)
     N, G, C, O, OW, PIXELS, KC, OUTPUTS, AT_ONCE, FLAT, SH, SW, PER_THREAD,
 ) = range(runtime.ARRAYS, runtime.ARRAYS + 21)  # fmt: skip
 
-# Bytes of a block of weights, which stays in a core's second-level cache.
+# Bytes of a block of weights, which stays in a core's second-level cache of 1 MB or more.
 _WEIGHTS = 1 << 20
 
 
@@ -157,6 +158,7 @@ def _kernel(lanes: Lanes, x_dtype: str) -> Callable[..., None]:
     width, lane_count = NV * lanes.count, lanes.count
     tiles = [tile(lanes, MR, count + 1, 2) for count in range(NV)]
     full, one, two = tiles[-1], tiles[0], tiles[min(1, NV - 1)]
+    again = full if lanes.bits == 512 else tile(lanes, MR, NV)
     read, write, _ = rows(lanes, lanes.dtype)
     gather, _, _ = rows(lanes, x_dtype)
 
@@ -191,7 +193,10 @@ def _kernel(lanes: Lanes, x_dtype: str) -> Callable[..., None]:
         to = (get(arguments, SCRATCH) + size * thread * get(arguments, PER_THREAD) + 63) // 64 * 64
         beside = to + size * kc * width
         tasks = images * parts * outputs
-        for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
+        while True:
+            task = take(arguments)
+            if task >= tasks:
+                break
             o0, rest = task // (images * parts) * ob, task % (images * parts)
             image, first = rest // parts, rest % parts * at_once
             n, g = image // G_, image % G_
@@ -219,7 +224,10 @@ def _kernel(lanes: Lanes, x_dtype: str) -> Callable[..., None]:
                         ahead = source + (j + width + lane_count * (o % NV)) * pixel
                         b = bias + o * bias_step
                         if count > width - lane_count:
-                            full((A, to, offsets, c, channels, ldc, more, last, ahead, b, floor))
+                            if o < NV:
+                                full((A, to, offsets, c, channels, ldc, more, last, ahead, b, floor))
+                            else:
+                                again((A, to, offsets, c, channels, ldc, more, last, ahead, b, floor))
                         elif count > lane_count:
                             two((A, to, offsets, c, channels, ldc, more, last, ahead, b, floor))
                         else:

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from gpuconv import schedule
-from gpuconv.backends.numba_cpu import axes, dense, runtime, weights
+from gpuconv.backends.numba_cpu import axes, dense, runtime, strip_products, weights
 from gpuconv.backends.numba_cpu.copies import compiled, rows
-from gpuconv.backends.numba_cpu.microkernel import BLOCK, TILES, tile
+from gpuconv.backends.numba_cpu.microkernel import BLOCK, TILES
+from gpuconv.backends.numba_cpu.runtime import take
 from gpuconv.backends.numba_cpu.vectors import Lanes, get
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
@@ -35,7 +36,8 @@ OPS = frozenset(("forward", "input_grad"))
 unavailable = runtime.unavailable
 unsupported = dense.unsupported
 
-# Bytes of the sums of a strip, of its inputs, and of one block of weights, that stay in a core's second-level cache.
+# Bytes of the sums of a strip and of its inputs, and output channels of one block of weights, that stay in a core's
+# second-level cache of 1 MB; of less where that is smaller.
 _SUMS, _INPUTS = 512 << 10, 512 << 10
 _OUTPUTS = 256
 # Strips for which a thread packs the same weights again.
@@ -54,6 +56,7 @@ X, WEIGHTS, Y, SCRATCH, FINISH, FILL = range(runtime.ARRAYS)
     ROW_PHASES, COLUMN_PHASES, ROW_SOURCE, COLUMN_SOURCE, INSIDE, ROW_EXTENT, COLUMN_EXTENT, STRIDE, OFFSETS, BORDER,
 ) = range(runtime.ARRAYS, runtime.ARRAYS + 44)  # fmt: skip
 END = runtime.ARRAYS + 44
+DIRECT = END  # whether tiles are written straight to y
 
 
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
@@ -169,7 +172,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     if problem.result_size * problem.products < ALONE:
         threads = 1
     detail = f"strips of {high}×{wide} pixels, {ob} output and {geometry.kc} input channels at a time, {lanes}"
-    return made(geometry, shape, threads, tasks <= REPACKED * threads * blocks, detail)
+    return made(geometry, shape, threads, tasks <= REPACKED * threads * blocks * problem.groups, detail)
 
 
 def made(geometry: Geometry, shape: Shape, threads: int, raw: bool, detail: str, extra: int = 0) -> Plan:
@@ -188,7 +191,8 @@ def made(geometry: Geometry, shape: Shape, threads: int, raw: bool, detail: str,
 
 def outputs_at_once(padded: int, rows: int) -> int:
     """Output channels of a block of weights: at most _OUTPUTS, in equal shares of whole panels."""
-    blocks = max(-(-padded // _OUTPUTS), 1)
+    most = max(_OUTPUTS * min(runtime.l2_bytes(), 1 << 20) >> 20, 1)
+    blocks = max(-(-padded // most), 1)
     return max(-(-padded // rows // blocks), 1) * rows
 
 
@@ -204,10 +208,12 @@ def odd_lines(count: int, lanes: Lanes) -> int:
 def _strip(geometry: Geometry, most: tuple[int, ...], ob: int) -> tuple[int, int]:
     """Output rows and columns of a strip: as many as the caches hold, at most ``most``, in equal shares."""
     problem, size = geometry.problem, geometry.lanes.size
+    share = min(runtime.l2_bytes(), 1 << 20)
+    sums, inputs = (most * share >> 20 for most in (_SUMS, _INPUTS))
 
     def fits(high: int, wide: int) -> bool:
         shape = geometry.shape(high, wide, ob)
-        return shape.sums * size <= _SUMS and shape.inputs * size <= _INPUTS
+        return shape.sums * size <= sums and shape.inputs * size <= inputs
 
     high, wide = most
     wide = schedule.halved(wide, lambda w: fits(1, w), at_least=64)
@@ -239,6 +245,23 @@ def table_of(plan: Plan, x: Any, k: Any | None, out: Any) -> tuple[list[int], An
         geometry.across.extent, geometry.across.stride, offsets, problem.padding_mode == "constant",
     ]  # fmt: skip
     return entries, kept
+
+
+def _direct(plan: Plan, out: Any) -> bool:
+    """Whether tiles can be written straight to ``out``: one block has all the products, and little of the registers
+    that a row of outputs takes is left empty.
+    """
+    problem, lanes = plan.problem, plan.config["lanes"]
+    wide, products = plan.config["shape"].wide, problem.C // problem.groups * problem.KH * problem.KW
+    held, width = -(-wide // lanes.count) * lanes.count, TILES[lanes.bits][1] * lanes.count
+    return bool(
+        lanes.bits < 512  # not measured there
+        and products <= BLOCK
+        and width <= wide
+        and 16 * held <= 17 * wide
+        and out.strides[4] == lanes.size == out.dtype.itemsize
+        and out.strides[2] % lanes.size == 0
+    )
 
 
 def kernel_name(plan: Plan) -> str:
@@ -282,15 +305,16 @@ class Bound:
         self.packing = None if k is None or raw else packing(plan, k)
         self.alone = problem.result_size * problem.products < ALONE
         entries, kept = table_of(plan, x, k if raw else None, out)
-        kernel, more, also = self._kernel()
+        kernel, more, also = self._kernel(out)
         self.task = runtime.Task(kernel, [*entries, *more], config["threads"], (kept, also))
         self.fill = dense.constant(problem, self.lanes)
         self.finish = self._finishing(None)
 
-    def _kernel(self) -> tuple[int, list[int], Any]:
+    def _kernel(self, out: Any) -> tuple[int, list[int], Any]:
         """The kernel, further entries of its table, and what they point to."""
         x, y = self.plan.problem.x_dtype, self.plan.problem.y_dtype
-        return runtime.kernel(kernel_name(self.plan), lambda: _kernel(self.lanes, x, y)), [], None
+        kernel = runtime.kernel(kernel_name(self.plan), lambda: _kernel(self.lanes, x, y))
+        return kernel, [_direct(self.plan, out)], None
 
     def _finishing(self, bias: Any | None) -> Any:
         return dense.finishing(
@@ -365,46 +389,11 @@ def filler(lanes: Lanes, stored: str) -> Any:
 
 def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
     wide_size = lanes.size
-    MR, NV = TILES[lanes.bits]
-    width = NV * lanes.count
-    tiles = [tile(lanes, MR, count + 1, 1) for count in range(NV)]
-    full, one, two = tiles[-1], tiles[0], tiles[min(1, NV - 1)]
+    MR, _ = TILES[lanes.bits]
     fill = filler(lanes, x_dtype)
     _, write, _ = rows(lanes, y_dtype)
-    lane_count = lanes.count
     pack_block = weights.block(lanes, MR)
-
-    @compiled
-    def part(a, b, offsets, c, K, stored, pixels, ldc, panels, accumulate, bias, bias_step, floor):
-        """All panels of weights with all pixels of a strip, for K of the ``stored`` products of a panel."""
-        for j in range(0, pixels, width):
-            left = pixels - j
-            last = lane_count if left >= width else (left - 1) % lane_count + 1
-            for o in range(panels):
-                weight = a + wide_size * o * stored * MR
-                sums = c + wide_size * (o * MR * ldc + j)
-                following = b + wide_size * (j + width + lane_count * (o % NV))
-                more = bias + o * bias_step
-                if left > width - lane_count:
-                    full((weight, b + wide_size * j, offsets, sums, K, ldc, accumulate, last, following, more, floor))
-                elif left > lane_count:
-                    two((weight, b + wide_size * j, offsets, sums, K, ldc, accumulate, last, following, more, floor))
-                else:
-                    one((weight, b + wide_size * j, offsets, sums, K, ldc, accumulate, last, following, more, floor))
-
-    @compiled
-    def multiply(a, b, offsets, c, K, pixels, ldc, panels, accumulate, finish, bias):
-        """All products of a block of channels, in sums of at most BLOCK; the last adds the bias, if there is one."""
-        sums = (K + BLOCK - 1) // BLOCK
-        each = (K + sums - 1) // sums
-        for k in range(0, K, each):
-            more = accumulate or k > 0
-            count = min(each, K - k)
-            at, here = offsets + 8 * k, a + wide_size * k * MR
-            if bias != 0 and k + count == K:
-                part(here, b, at, c, count, K, pixels, ldc, panels, more, bias, wide_size * MR, finish + wide_size)
-            else:
-                part(here, b, at, c, count, K, pixels, ldc, panels, more, 0, 0, 0)
+    multiply, straight = strip_products.summed(lanes), strip_products.written(lanes)
 
     def strip(arguments, thread, threads):
         high, wide, ob = get(arguments, HIGH), get(arguments, WIDE), get(arguments, OUTPUTS)
@@ -423,8 +412,13 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
         inputs = (sums + wide_size * get(arguments, SUMS) + 63) // 64 * 64
         own = mine + wide_size * (get(arguments, PER_THREAD) - (ob + MR - 1) // MR * MR * kc * taps)
         finish = get(arguments, FINISH)
+        direct = get(arguments, DIRECT)
         tasks = images * outputs * down * across
-        for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
+        filled = -1  # the place whose border the inputs have
+        while True:
+            task = take(arguments)
+            if task >= tasks:
+                break
             # One image: a thread keeps its weights. Several groups: it goes through them one by one.
             if G_ == 1:
                 o0, rest = task // (images * down * across) * ob, task % (images * down * across)
@@ -439,6 +433,8 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
             pixels = (i1 - i0) * pitch - (pitch - (j1 - j0))
             source = get(arguments, X) + n * get(arguments, SXN) + g * get(arguments, SXG)
             weight = get(arguments, WEIGHTS) + wide_size * g * padded * C_ * taps
+            target = get(arguments, Y) + n * get(arguments, SYN) + g * get(arguments, SYG) + o0 * get(arguments, SYO)
+            target += i0 * get(arguments, SYH) + j0 * get(arguments, SYW)
             reach_down, reach_across = get(arguments, PLACES) - high, get(arguments, COLUMN_EXTENT) - OW_
             c0 = 0
             while c0 < C_:
@@ -446,8 +442,9 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
                 K = channels * taps
                 fill(
                     arguments, inputs, source + c0 * get(arguments, SXC), channels, i0, i1 - i0 + reach_down, j0,
-                    j1 - j0 + reach_across, c0 > 0,
+                    j1 - j0 + reach_across, filled == place,
                 )  # fmt: skip
+                filled = place
                 a = weight + wide_size * (c0 * padded + o0 * channels) * taps
                 if raw:
                     a = own
@@ -458,15 +455,21 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
                             KW_, sko, skc, get(arguments, SKP), get(arguments, SKQ),
                         )  # fmt: skip
                 bias = finish + wide_size * (2 + MR + g * padded + o0) if c0 + channels == C_ else 0
-                multiply(a, inputs, get(arguments, OFFSETS), sums, K, pixels, ldc, panels, c0 > 0, finish, bias)
+                if direct:
+                    straight(
+                        a, inputs, get(arguments, OFFSETS), target, K, i1 - i0, j1 - j0, pitch, get(arguments, SYH),
+                        get(arguments, SYO), o1 - o0, finish + wide_size, bias, sums,
+                    )  # fmt: skip
+                else:
+                    multiply(a, inputs, get(arguments, OFFSETS), sums, K, pixels, ldc, panels, c0 > 0, finish, bias)
                 c0 += channels
-            target = get(arguments, Y) + n * get(arguments, SYN) + g * get(arguments, SYG) + i0 * get(arguments, SYH)
-            target += j0 * get(arguments, SYW)
-            for o in range(o0, o1):
+            if direct:
+                continue
+            for o in range(o1 - o0):
                 for i in range(i1 - i0):
                     write(
                         target + o * get(arguments, SYO) + i * get(arguments, SYH),
-                        sums + wide_size * ((o - o0) * ldc + i * pitch), j1 - j0, get(arguments, SYW),
+                        sums + wide_size * (o * ldc + i * pitch), j1 - j0, get(arguments, SYW),
                     )  # fmt: skip
 
     return strip
