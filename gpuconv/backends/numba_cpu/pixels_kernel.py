@@ -10,7 +10,7 @@ The sums of some runs begin at zero, and are *flushed* into y where the table sa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ def tile(lanes: Lanes, pixels: int, vectors: int) -> Any:
         flush, add, flushed, plain, finish, after, done = (
             e.block(name) for name in ("flush", "add", "flushed", "plain", "finish", "after", "done")
         )
-        masks = _masks(e, last, vectors)
+        panel = Panel(e, last, vectors)
         addresses = [e.at(x, builder.load(e.at(px, i))) for i in range(pixels)]
         builder.branch(run)
 
@@ -92,40 +92,46 @@ def tile(lanes: Lanes, pixels: int, vectors: int) -> Any:
         places = [e.at(y, builder.load(e.at(py, i))) for i in range(pixels)]
         builder.cbranch(builder.icmp_signed("!=", more, I64(0)), add, flushed)
         builder.position_at_end(add)
-        added = []
-        for i in range(pixels):
-            before = [e.masked_load(e.at(places[i], j * e.lanes.count), masks[j]) for j in range(vectors)]
-            added.append([builder.fadd(before[j], new[i][j]) for j in range(vectors)])
-        builder.branch(flushed)
+        sums_before: list[tuple[Value, Any]] = [(flush, new)]
+        for load, _ in panel.ways():
+            added = []
+            for i in range(pixels):
+                before = [load(j, e.at(places[i], j * e.lanes.count)) for j in range(vectors)]
+                added.append([builder.fadd(before[j], new[i][j]) for j in range(vectors)])
+            sums_before.append((builder.block, added))
+            builder.branch(flushed)
 
         builder.position_at_end(flushed)
-        totals = e.sums(pixels, vectors, [(flush, new), (add, added)])
+        totals = e.sums(pixels, vectors, sums_before)
         is_last = builder.icmp_signed("==", following_r, R)
         builder.cbranch(builder.and_(is_last, builder.icmp_signed("!=", final, I64(0))), finish, plain)
 
-        def written(i: int, j: int, value: Value) -> None:
-            e.masked_store(value, e.at(places[i], j * e.lanes.count), masks[j])
-
         builder.position_at_end(plain)
-        for i in range(pixels):
-            for j in range(vectors):
-                written(i, j, totals[i][j])
-        builder.branch(after)
+        written = []
+        for _, store in panel.ways():
+            for i in range(pixels):
+                for j in range(vectors):
+                    store(j, totals[i][j], e.at(places[i], j * e.lanes.count))
+            written.append(builder.block)
+            builder.branch(after)
 
         builder.position_at_end(finish)
         least = e.splat(builder.load(floor))
-        for j in range(vectors):
-            b = e.load(e.at(bias, j * e.lanes.count))
-            for i in range(pixels):
-                value = builder.fadd(totals[i][j], b)
-                written(i, j, builder.select(builder.fcmp_ordered("<", value, least), least, value))
-        builder.branch(done)
+        for _, store in panel.ways():
+            for j in range(vectors):
+                b = e.load(e.at(bias, j * e.lanes.count))
+                for i in range(pixels):
+                    value = builder.fadd(totals[i][j], b)
+                    value = builder.select(builder.fcmp_ordered("<", value, least), least, value)
+                    store(j, value, e.at(places[i], j * e.lanes.count))
+            builder.branch(done)
 
         builder.position_at_end(after)
-        going = e.sums(pixels, vectors, [(ended, new), (plain, None)])
+        going = e.sums(pixels, vectors, [(ended, new), *((block, None) for block in written)])
         now = builder.phi(I64)
         now.add_incoming(more, ended)
-        now.add_incoming(I64(1), plain)
+        for block in written:
+            now.add_incoming(I64(1), block)
         next_r = builder.add(r, I64(1))
         for phi, value in ((r, next_r), (weights, following_weight), (ahead, following_fetch), (more, now)):
             phi.add_incoming(value, after)
@@ -143,9 +149,38 @@ def _incoming(phis: list[list[Value]], values: list[list[Value]], block: Value) 
             phi.add_incoming(value, block)
 
 
-def _masks(e: Emitter, last: Value, vectors: int) -> list[Value]:
-    """Which lanes of each vector of a panel are among its first ``last`` outputs."""
-    return [e.mask(e.builder.sub(last, I64(j * e.lanes.count))) for j in range(vectors)]
+class Panel:
+    """Reading and writing the vectors of a panel of y, of which the first ``last`` outputs exist.
+
+    AVX-512 masks for nothing. A masked store of AVX2 is dozens of instructions inside AMD's processors, and one of NEON
+    a branch for each lane: there, a panel that exists as a whole is told from one that does not.
+    """
+
+    def __init__(self, e: Emitter, last: Value, vectors: int) -> None:
+        """For ``vectors`` vectors."""
+        self.e, self.last, self.vectors = e, last, vectors
+        self.masks = self._masks() if e.lanes.bits == 512 else None
+
+    def _masks(self) -> list[Value]:
+        e = self.e
+        return [e.mask(e.builder.sub(self.last, I64(j * e.lanes.count))) for j in range(self.vectors)]
+
+    def ways(self) -> Iterator[tuple[Callable[[int, Value], Value], Callable[[int, Value, Value], None]]]:
+        """For each way to go, from here on: load(vector, pointer) and store(vector, value, pointer). Code must be
+        emitted for both; each ends with a branch.
+        """
+        e, builder, masks = self.e, self.e.builder, self.masks
+        if masks is None:
+            whole, cut = e.block("whole"), e.block("cut")
+            builder.cbranch(builder.icmp_signed(">=", self.last, I64(self.vectors * e.lanes.count)), whole, cut)
+            builder.position_at_end(whole)
+            yield lambda j, pointer: e.load(pointer), lambda j, value, pointer: e.store(value, pointer)
+            builder.position_at_end(cut)
+            masks = self._masks()
+        yield (
+            lambda j, pointer: e.masked_load(pointer, masks[j]),
+            lambda j, value, pointer: e.masked_store(value, pointer, masks[j]),
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -153,14 +188,17 @@ def zeros(lanes: Lanes, vectors: int) -> Any:
     """A function of (py, y, count, last) that writes zero where the micro-kernel for ``count`` pixels would write."""
 
     def emit(e: Emitter, py: Value, y: Value, count: Value, last: Value) -> None:
-        masks = _masks(e, last, vectors)
+        done = e.block("done")
+        for _, store in Panel(e, last, vectors).ways():
 
-        def body(i: Value) -> None:
-            place = e.at(y, e.builder.load(e.at(py, i)))
-            for j in range(vectors):
-                e.masked_store(e.zero, e.at(place, j * e.lanes.count), masks[j])
+            def body(i: Value, store: Callable[[int, Value, Value], None] = store) -> None:
+                place = e.at(y, e.builder.load(e.at(py, i)))
+                for j in range(vectors):
+                    store(j, e.zero, e.at(place, j * e.lanes.count))
 
-        e.loop(0, count, 1, body)
+            e.loop(0, count, 1, body)
+            e.builder.branch(done)
+        e.builder.position_at_end(done)
 
     return routine(f"pixels_zero_{lanes}_{vectors}", lanes, "teii", emit)
 
