@@ -83,54 +83,74 @@ def _multiplier(lanes: Lanes, vectors: int) -> Any:
         products = get(arguments, C) * get(arguments, KH) * get(arguments, KW)
         padded = (O_ + width - 1) // width * width
         finish = get(arguments, FINISH)
-        step = most if inside else count
-        for start in range(0, count, step):
-            for o in range(o0, o1):
-                last = O_ - o * width
-                place = y + size * o * width
+        left = count if inside else 0
+        i, j, panel = px, py, size * width * products
+        while left > 0:  # one stage, and all panels of it for each tile of pixels
+            made = most if left >= most else half if left >= half else min(left, 2)
+            R, final = get(stage_table, 1), get(arguments, FINISHED)
+            a, place, last = weights + o0 * panel, y + size * o0 * width, O_ - o0 * width
+            bias = finish + size * (2 + final * (width + g * padded + o0 * width))
+            floor = finish + size * final
+            for _ in range(o0, o1):
+                if made == most:
+                    tile0((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, a, 0))
+                elif made == half:
+                    tile1((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, a, 0))
+                elif made == 2:
+                    tile2((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, a, 0))
+                else:
+                    tile3((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, a, 0))
+                a += panel
+                place += size * width
+                bias += size * width * final
+                last -= width
+            left -= made
+            i += 8 * made
+            j += 8 * made
+        for o in range(o1 if inside else o0, o1):
+            last = O_ - o * width
+            place = y + size * o * width
+            if by_taps:
+                zero((py, place, count, last))
+            for s in range(stages):
+                stage = stage_table + 56 * s
+                a = weights + o * panel + size * width * get(stage, 3)
+                run, R, here = run_table + 24 * get(stage, 0), get(stage, 1), get(stage, 2)
+                left, i, j = count, px, py
                 if by_taps:
-                    zero((py, place, count, last))
-                for s in range(stages):
-                    stage = stage_table + 56 * s
-                    a = weights + size * width * (o * products + get(stage, 3))
-                    run, R, here = run_table + 24 * get(stage, 0), get(stage, 1), get(stage, 2)
-                    stop = min(start + step, count)
-                    i, j = px + 8 * start, py + 8 * start
-                    if by_taps:
-                        stop = get(counts, s)
-                        i, j = lists + 16 * count * s, lists + 8 * count * (2 * s + 1)
-                    rate, following = 0, a
-                    if inside == 0 and (s + 1 < stages or o + 1 < end):
-                        # What comes next, fetched evenly over the tiles of this stage.
-                        if s + 1 < stages:
-                            following = weights + size * width * (o * products + get(stage, 10))
-                        else:
-                            following = weights + size * width * ((o + 1) * products + get(stage_table, 3))
-                        tiles = (stop + most - 1) // most
-                        rate = min((width + tiles - 1) // max(tiles, 1), line)
-                    fetched = size * rate * here
-                    more = 1 if by_taps or s > 0 else 0
-                    final = get(arguments, FINISHED) if s + 1 == stages else 0
-                    bias = finish + size * (2 + final * (width + g * padded + o * width))
-                    floor = finish + size * final
-                    left = stop - start
-                    while left > 0:
-                        if left >= most:
-                            tile0((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
-                            made = most
-                        elif left >= half:
-                            tile1((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
-                            made = half
-                        elif left >= 2:
-                            tile2((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
-                            made = 2
-                        else:
-                            tile3((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
-                            made = 1
-                        left -= made
-                        i += 8 * made
-                        j += 8 * made
-                        following += fetched
+                    left = get(counts, s)
+                    i, j = lists + 16 * count * s, lists + 8 * count * (2 * s + 1)
+                rate, following = 0, a
+                if s + 1 < stages or o + 1 < end:
+                    # What comes next, fetched evenly over the tiles of this stage.
+                    if s + 1 < stages:
+                        following = weights + o * panel + size * width * get(stage, 10)
+                    else:
+                        following = weights + (o + 1) * panel + size * width * get(stage_table, 3)
+                    tiles = (left + most - 1) // most
+                    rate = min((width + tiles - 1) // max(tiles, 1), line)
+                fetched = size * rate * here
+                more = 1 if by_taps or s > 0 else 0
+                final = get(arguments, FINISHED) if s + 1 == stages else 0
+                bias = finish + size * (2 + final * (width + g * padded + o * width))
+                floor = finish + size * final
+                while left > 0:
+                    if left >= most:
+                        tile0((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
+                        made = most
+                    elif left >= half:
+                        tile1((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
+                        made = half
+                    elif left >= 2:
+                        tile2((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
+                        made = 2
+                    else:
+                        tile3((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
+                        made = 1
+                    left -= made
+                    i += 8 * made
+                    j += 8 * made
+                    following += fetched
 
     return multiply
 
