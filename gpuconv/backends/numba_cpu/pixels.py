@@ -44,8 +44,10 @@ unavailable = runtime.unavailable
 
 _WAYS = ("in place", "strips", "tap by tap")
 
-# Bytes of weights that are gone through for each tile of pixels, in place and by strips.
-_CACHED = (1 << 16, 1 << 20)
+# Bytes of weights that are gone through for each tile of pixels, in place and by strips: what the caches hold, of
+# machines with AVX-512 and of others.
+_CACHED = {512: (1 << 16, 1 << 20), 256: (5 << 16, 1 << 18), 128: (5 << 16, 1 << 18)}
+_LIGHT = 1 << 20  # bytes of weights that every thread may go through
 _INPUTS = 800 << 10  # bytes of a strip's copy of x
 _PRODUCTS = 1024  # of a panel of weights at once, where they do not stay in the cache
 _PIXELS = 1024  # of a unit
@@ -150,11 +152,11 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     way, taps = _way(problem)
     products = channels * len(taps)
     packed = pixels_kernel.packed_size(groups, outputs, products, width) * lanes.size
-    inside = way != TAPS and products * panels * width * lanes.size < _CACHED[way]
+    weights = products * panels * width * lanes.size
+    inside = way != TAPS and weights < _CACHED[lanes.bits][way]
     plane = problem.OH * problem.OW
     total = problem.N * plane
-    light = products * panels * width * lanes.size < _CACHED[STRIPS]
-    few = total < 100 if light and way == IN_PLACE else total <= (200 if way == TAPS else 400)
+    few = total < 100 if weights < _LIGHT and way == IN_PLACE else total <= (200 if way == TAPS else 400)
     if way == TAPS and problem.N % threads:
         few = True
     shares = threads if few and way != STRIPS and panels % threads == 0 else 1
