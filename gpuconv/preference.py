@@ -1,6 +1,7 @@
 """Which implementation suits which problem on the CPU: the rules, each with what was measured for it.
 
-Ratios are times of ``numba_cpu.strip`` or of the peers over the implementation's, on two cores with AVX-512.
+Ratios are times of ``numba_cpu.strip`` or of the peers over the implementation's, on two cores, with AVX-512 where
+nothing else is said.
 """
 
 from __future__ import annotations
@@ -92,7 +93,18 @@ def _narrow(problem: Conv2dProblem, columns: int) -> bool:
     return columns <= 4
 
 
+def _vector_bits() -> int:
+    """Of the machine's registers; 0 where nothing that is compiled can run."""
+    try:
+        from gpuconv.backends.numba_cpu import runtime
+    except ModuleNotFoundError:
+        return 0
+    return runtime.vector_bits()
+
+
 def _turned(channels: int, outputs: int, taps: int, pixels: int) -> bool:
+    if _vector_bits() < 512:
+        return _turned_in_short(channels, outputs, taps, pixels)
     # Channels-first images are turned over, block by block, for numba_cpu.pixels. Against the best of the others,
     # weights as they are / prepared:
     #   3×3: 512 to 512 channels at 7² 0.9 / 1.65, at 14² 1.06 / 1.23, at 28² 0.98 / 1.02    256 to 256, 14² 1.06 / 1.20
@@ -103,6 +115,24 @@ def _turned(channels: int, outputs: int, taps: int, pixels: int) -> bool:
     # Panels of one register's outputs, and outputs that leave much of a panel empty, are not worth it.
     filled = outputs >= 32 and outputs % 32 in (0, *range(28, 32))
     return filled and pixels <= 784 and channels * outputs * taps >= (1 << 15 if taps == 1 else 100_000)
+
+
+def _turned_in_short(channels: int, outputs: int, taps: int, pixels: int) -> bool:
+    # The same with panels of 16 outputs, which leave less empty. AVX2, weights prepared:
+    #   3×3: 64 to 64 channels at 56² 1.1 to 1.5, at 224² 1.0 to 1.35, at 14² 1.0 to 1.25    64 to 128 at 112² 1.15
+    #        256 to 256 at 56² 1.0 to 1.15    512 to 512 at 28² 1.0 to 1.15    32 to 64 at 56² 1.3, at 12×120 0.86
+    #        64 to 16 at 28² 1.35    16 to 16 at 56² 0.9 to 1.25    8 to 16 at 56² 0.97    3 to 64 at 224² 0.6
+    #   3×3, stride 2: 128 to 128 at 28² 1.25    7×7, stride 2: 3 to 64 at 112² 0.88    5×10: 32 to 32 1.05
+    #   1×1: 256 to 1024 at 14² 1.04, 1024 to 256 1.15    512 to 2048 at 7² 1.7    512 to 128 at 28² 1.1, to 256 0.9 to
+    #        1.0, 128 to 512 0.92    256 to 64 at 56² 1.05, 64 to 64 1.08, 64 to 256 0.88    128 to 64 at 14² 0.9
+    # A third of a panel empty, 32 to 24 channels at 56²: 0.55.
+    panels = -(-outputs // 16)
+    if outputs < 16 or 8 * outputs < 7 * 16 * panels:
+        return False
+    if taps > 1:
+        return channels >= 16 and channels * outputs * taps >= 4096
+    # Sums are turned back at a higher price than pixels are turned over.
+    return pixels <= 784 and channels * outputs >= 1 << 15 and (outputs <= channels or pixels <= 200)
 
 
 def _separable(problem: Conv2dProblem) -> bool:
