@@ -40,6 +40,8 @@ _LINE = 1 << 16
 # Bytes of a result that the last-level cache will not hold beside x. 2048²: 3×3 1.2, 5×5 1.7, 7×7 1.3 times as fast
 # past the caches; half of that size stays in the cache, and is written there twice as fast.
 _STREAM = 1 << 24
+# Bytes of planes that stay in the first-level cache.
+_FIRST = 24 << 10
 
 # Of all arrays: beyond, extents may not be numbers of 64 bits.
 _BYTES = 1 << 62
@@ -50,8 +52,8 @@ X, WEIGHTS, Y, SCRATCH, FINISH, *_ = range(runtime.ARRAYS)
     SXN, SXG, SXH, SXW, SYN, SYG, SYO, SYH, SYW, SKG, SKO, SKP, SKQ,  # steps in bytes
     N, G, O, H, W, OH, OW, KW, TOP, LEFT, STEP,
     HIGH, WIDE, LINES, PITCH, PER_THREAD,  # outputs of a task; lines and elements of each that it reads
-    NEAR_X, NEAR_Y, STREAM, FINISHED,
-) = range(runtime.ARRAYS, runtime.ARRAYS + 33)  # fmt: skip
+    NEAR_X, NEAR_Y, STREAM, FINISHED, AT_ONCE,
+) = range(runtime.ARRAYS, runtime.ARRAYS + 34)  # fmt: skip
 
 
 def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
@@ -115,6 +117,15 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     tiles = min(tiles, max(1, -(-problem.OW // width) // parts))
     threads = 1 if problem.result_size * problem.products < ALONE else target.threads
     high = -(-problem.OH // max(bands, 1))
+    # Planes of which one tile after the other is made: all, where that is all there is of a plane, else what stays in the
+    # first-level cache.
+    at_once = 1
+    if problem.O == problem.groups:
+        if bands == 1 and tiles * width >= problem.OW:
+            at_once = problem.O
+        elif lanes.bits < 512 and planes >= 16 * target.threads:
+            at_once = _FIRST // ((problem.H * problem.W + problem.OH * problem.OW) * lanes.size)
+    at_once = max(1, min(at_once, problem.O))
     table = np.zeros(runtime.TABLE, np.int64)
     for index, value in {
         N: problem.N, G: problem.groups, O: problem.O // problem.groups, H: problem.H, W: problem.W, OH: problem.OH,
@@ -124,7 +135,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     }.items():  # fmt: skip
         table[index] = value
     detail = f"tiles of {height} rows × {width} columns, in place where the columns lie side by side, {lanes}"
-    config = {"lanes": lanes, "table": table, "threads": threads, "each": each(tiles)}
+    config = {"lanes": lanes, "table": table, "threads": threads, "each": each(tiles), "at_once": at_once}
     return Plan(problem, scratch(tiles), lanes.dtype, detail, config)
 
 
@@ -180,6 +191,7 @@ class Bound:
         table[[SYN, SYG, SYO, SYH, SYW]] = out.strides
         table[[SKG, SKO, SKP, SKQ]] = *like.strides[:2], *like.strides[3:]
         table[NEAR_X], table[NEAR_Y] = _is_near(x, lanes), _is_near(out, lanes)
+        table[AT_ONCE] = config["at_once"] if table[NEAR_X] and table[NEAR_Y] else 1
         self.scratch = 1 if table[NEAR_X] and table[NEAR_Y] else config["threads"] * config["each"]
         name, make = kernel_of(problem, lanes)
         self.task = runtime.Task(runtime.kernel(name, make), table[runtime.ARRAYS :], config["threads"], plan)
@@ -210,7 +222,7 @@ def _kernel(
     lanes: Lanes, x_dtype: str, y_dtype: str, tile: tuple[int, int], KH: int, stride: tuple[int, int]
 ) -> Callable[..., None]:
     size, lane_count, (height, vectors), (down, across) = lanes.size, lanes.count, tile, stride
-    width = vectors * lane_count
+    width, overlapping = vectors * lane_count, lanes.bits < 512
     anywhere, inside, streamed = (band(lanes, *tile, KH, stride, kind) for kind in (ANYWHERE, INSIDE, STREAMED))
     one = band(lanes, height, 1, KH, stride, ANYWHERE)
     read, _, _ = rows(lanes, x_dtype)
@@ -245,18 +257,31 @@ def _kernel(
         beside = memory + size * lines * get(arguments, PITCH)
         y, ldy = beside, width
         whole = i1 - i0 == height and first == 0 and end == lines
-        for j in range(j0, j1, width):
+        j = j0
+        while j < j1:
+            # The tile; where masked stores are slow, the last one overlaps its neighbour and writes the same there.
+            narrow = j1 - j <= lane_count
+            wide = lane_count if narrow else width
+            if overlapping and j1 - j < wide <= j1 - j0:
+                j = j1 - wide
             at, last = j * across - get(arguments, LEFT), j1 - j
             if direct:
                 y, ldy = to + j * size, syh // size
+            edge = not whole or at < 0 or at + width * across + reach > W_ or last < width
+            count, k_next, x_next = planes, get(arguments, SKG), get(arguments, SXG)
+            y_next, bias_next = get(arguments, SYG), 1
+            if planes == 1 and direct and not (narrow or edge):
+                # As many tiles side by side as are inside.
+                count, k_next, bias_next = min(last // width, (W_ - reach - at) // (width * across)), 0, 0
+                x_next, y_next, wide = width * across * size, width * size, count * width
             given = (
-                planes, k, get(arguments, SKG) // size, x + size * (j - j0) * across, get(arguments, SXG) // size, y,
-                get(arguments, SYG) // size, KW_, get(arguments, SKP) // size, get(arguments, SKQ) // size, line, step,
-                ldy, first, end, at, W_, i1 - i0, last, get(arguments, FINISHED), bias, get(arguments, FINISH) + size,
+                count, k, k_next // size, x + size * (j - j0) * across, x_next // size, y, y_next // size, bias,
+                bias_next, KW_, get(arguments, SKP) // size, get(arguments, SKQ) // size, line, step, ldy, first, end,
+                at, W_, i1 - i0, last, get(arguments, FINISHED), get(arguments, FINISH) + size,
             )  # fmt: skip
-            if last <= lane_count:
+            if narrow:
                 one(given)
-            elif not whole or at < 0 or at + width * across + reach > W_ or last < width:
+            elif edge:
                 anywhere(given)
             elif stream and direct:
                 streamed(given)
@@ -266,6 +291,7 @@ def _kernel(
                 syw = get(arguments, SYW)
                 for t in range(i1 - i0):
                     write(to + t * syh + j * syw, beside + size * t * width, min(last, width), syw)
+            j += wide
 
     def convolve(arguments, thread, threads):
         G_, O_, OH_, OW_ = get(arguments, G), get(arguments, O), get(arguments, OH), get(arguments, OW)
@@ -275,34 +301,35 @@ def _kernel(
         steps = get(arguments, SYN) | get(arguments, SYG) | get(arguments, SYO) | get(arguments, SYH)
         stream = get(arguments, STREAM) and (get(arguments, Y) | steps) % 64 == 0
         channels, strips = G_ * O_, down_ * across_
-        tasks = get(arguments, N) * channels * strips
-        # Planes that are a tile each follow one another without coming back here.
-        at_once = 1
-        if strips == 1 and O_ == 1 and get(arguments, NEAR_X) and get(arguments, NEAR_Y):
-            at_once = channels
+        at_once, each = get(arguments, AT_ONCE), 1
+        if at_once == 1:
+            each = strips
+        tasks = get(arguments, N) * channels * each
         task, end = thread * tasks // threads, (thread + 1) * tasks // threads
-        plane, strip = task // max(strips, 1), task % max(strips, 1)
+        plane, strip = task // max(each, 1), task % max(each, 1)
         while task < end:
             # Divisions take longer than some lines of a small plane.
-            n, channel, i, j = 0, plane, strip, 0
+            n, channel = 0, plane
             if plane >= channels:
                 n, channel = plane // channels, plane % channels
-            if across_ > 1:
-                i, j = strip // across_, strip % across_
             g, o = channel, 0
             if O_ > 1:
                 g, o = channel // O_, channel % O_
             planes = min(at_once, end - task, channels - channel)
-            block(
-                arguments, planes, get(arguments, WEIGHTS) + g * get(arguments, SKG) + o * get(arguments, SKO),
-                get(arguments, X) + n * get(arguments, SXN) + g * get(arguments, SXG),
-                get(arguments, Y) + n * get(arguments, SYN) + g * get(arguments, SYG) + o * get(arguments, SYO),
-                i * high, min(i * high + high, OH_), j * wide, min(j * wide + wide, OW_),
-                get(arguments, FINISH) + size * (2 + channel), memory, stream,
-            )  # fmt: skip
+            for place in range(strip, strip + strips // each):
+                i, j = place, 0
+                if across_ > 1:
+                    i, j = place // across_, place % across_
+                block(
+                    arguments, planes, get(arguments, WEIGHTS) + g * get(arguments, SKG) + o * get(arguments, SKO),
+                    get(arguments, X) + n * get(arguments, SXN) + g * get(arguments, SXG),
+                    get(arguments, Y) + n * get(arguments, SYN) + g * get(arguments, SYG) + o * get(arguments, SYO),
+                    i * high, min(i * high + high, OH_), j * wide, min(j * wide + wide, OW_),
+                    get(arguments, FINISH) + size * (2 + channel), memory, stream,
+                )  # fmt: skip
             task += planes
             strip += 1
-            if strip == strips:
+            if strip == each:
                 plane, strip = plane + planes, 0
         if stream:
             settle()

@@ -24,30 +24,29 @@ ANYWHERE, INSIDE, STREAMED = range(3)
 
 @functools.lru_cache(maxsize=64)
 def band(lanes: Lanes, rows: int, vectors: int, taps: int, stride: tuple[int, int], kind: int) -> Any:
-    """The micro-kernel for ``taps`` kernel rows and strides of 1 or 2: a function of (planes, k, k_plane, x, x_plane,
-    y, y_plane, KW, row, column, line, step, ldy, first, end, at, W, high, last, finish, bias, floor).
+    """The micro-kernel for ``taps`` kernel rows and strides of 1 or 2: a function of (count, k, k_next, x, x_next,
+    y, y_next, bias, bias_next, KW, row, column, line, step, ldy, first, end, at, W, high, last, finish, floor).
 
-    The same tile of so many planes is made, one after the other. All steps are in elements: from plane to plane,
-    ``row`` and ``column`` of k, ``line`` of x, ``step`` from tap to tap across, ``ldy`` of y. ``x`` is where the first
-    output's first tap is, in the image or not: lines [first, end) from there exist, and it is column ``at`` of the
-    image's W. The first ``high`` rows and ``last`` columns of the tile are written. With ``finish`` the number at
-    ``bias``, of each plane its own, is added, and the one at ``floor`` is the least result.
+    So many tiles are made one after the other: the same of several planes, or inside a plane, where all are alike, some
+    side by side. All steps are in elements: from tile to tile, ``row`` and ``column`` of k, ``line`` of x, ``step``
+    from tap to tap across, ``ldy`` of y. ``x`` is where the first output's first tap is, in the image or not: lines
+    [first, end) from there exist, and it is column ``at`` of the image's W. The first ``high`` rows and ``last``
+    columns of the tile are written. With ``finish`` the number at ``bias`` is added, and the one at ``floor`` is the
+    least result.
     """
     down, across = stride
 
-    def emit(e: Emitter, planes: Value, k: Value, k_plane: Value, x: Value, x_plane: Value, y: Value, y_plane: Value,
-             *others: Value) -> None:  # fmt: skip
-        *given, bias, floor = others
+    def emit(e: Emitter, count: Value, k: Value, k_next: Value, x: Value, x_next: Value, y: Value, y_next: Value,
+             bias: Value, bias_next: Value, *others: Value) -> None:  # fmt: skip
+        def one(i: Value) -> None:
+            steps = (k, k_next), (x, x_next), (y, y_next), (bias, bias_next)
+            tile(e, *(e.at(begin, e.times(i, step)) for begin, step in steps), *others)
 
-        def plane(i: Value) -> None:
-            k_i, x_i, y_i = e.at(k, e.times(i, k_plane)), e.at(x, e.times(i, x_plane)), e.at(y, e.times(i, y_plane))
-            tile(e, k_i, x_i, y_i, e.at(bias, i), floor, *given)
+        e.loop(0, count, 1, one)
 
-        e.loop(0, planes, 1, plane)
-
-    def tile(e: Emitter, k: Value, x: Value, y: Value, bias: Value, floor: Value, KW: Value, row: Value, column: Value,
+    def tile(e: Emitter, k: Value, x: Value, y: Value, bias: Value, KW: Value, row: Value, column: Value,
              line: Value, step: Value, ldy: Value, first: Value, end: Value, at: Value, W: Value, high: Value,
-             last: Value, finish: Value) -> None:  # fmt: skip
+             last: Value, finish: Value, floor: Value) -> None:  # fmt: skip
         builder, n = e.builder, e.lanes.count
         entry, loop, after = builder.block, e.block("columns"), e.block("after")
         met = [[(t, l - t * down) for t in range(rows) if 0 <= l - t * down < taps]
@@ -70,7 +69,7 @@ def band(lanes: Lanes, rows: int, vectors: int, taps: int, stride: tuple[int, in
         def pixels(l: int) -> list[Value]:
             place = e.at(x, moved, e.times(line, l))
             read = [
-                e.load(e.at(place, i * n)) if masks is None else e.masked_load(e.at(place, i * n), masks[i])
+                e.load(e.at(place, i * n)) if masks is None else e.masked_load(e.at(place, i * n), _mask(e, masks[i]))
                 for i in range(vectors * across)
             ]
             if across == 1:
@@ -121,6 +120,21 @@ def band(lanes: Lanes, rows: int, vectors: int, taps: int, stride: tuple[int, in
 
         builder.position_at_end(write)
         results = e.sums(rows, vectors, [(after, sums), (apart, finished)])
+        if kind == ANYWHERE and e.lanes.bits < 512:
+            # Masked stores are slow: none where all columns are there, and pieces of vectors where they are not.
+            whole = builder.icmp_signed(">=", last, I64(vectors * n))
+            with builder.if_else(whole) as (all_columns, some_columns):
+                for branch, partly in ((all_columns, False), (some_columns, True)):
+                    with branch:
+                        for t in range(rows):
+                            with builder.if_then(builder.icmp_signed(">", high, I64(t))):
+                                for v, result in enumerate(results[t]):
+                                    place = e.at(y, e.times(ldy, t), v * n)
+                                    if partly:
+                                        e.store_first(result, place, builder.sub(last, I64(v * n)))
+                                    else:
+                                        e.store(result, place)
+            return
         there_are = [e.mask(builder.sub(last, I64(v * n))) for v in range(vectors)]
         for t in range(rows):
             with builder.if_then(builder.icmp_signed(">", high, I64(t))) if kind == ANYWHERE else nullcontext():
@@ -134,18 +148,43 @@ def band(lanes: Lanes, rows: int, vectors: int, taps: int, stride: tuple[int, in
                         e.stream(result, place)
 
     name = f"band_{lanes}_{rows}x{vectors}_{taps}_{down}{across}_{kind}"
-    return routine(name, lanes, "ieieieiiiiiiiiiiiiiiee", emit)
+    return routine(name, lanes, "ieieieiei" + 13 * "i" + "e", emit)
 
 
 def _inside(e: Emitter, column: Value, W: Value) -> Value:
-    """True in those lanes of a vector from ``column`` on, which may be negative, that are among the ``W`` columns."""
+    """Those lanes of a vector from ``column`` on, which may be negative, that are among the ``W`` columns: what
+    ``_mask`` makes a mask of.
+    """
     builder, n = e.builder, e.lanes.count
-    kind = ir.VectorType(I32, n)
 
     def lane(number: Value) -> Value:
         number = builder.select(builder.icmp_signed("<", number, I64(0)), I64(0), number)
-        return builder.trunc(builder.select(builder.icmp_signed(">", number, I64(n)), I64(n), number), I32)
+        return builder.select(builder.icmp_signed(">", number, I64(n)), I64(n), number)
 
     first, end = lane(builder.neg(column)), lane(builder.sub(W, column))
-    from_first = builder.sub(ir.Constant(kind, list(range(n))), e.splat_of(kind, first))
-    return builder.icmp_unsigned("<", from_first, e.splat_of(kind, builder.sub(end, first)))
+    if e.lanes.bits == 512:
+        kind = ir.VectorType(I32, n)
+        first, end = builder.trunc(first, I32), builder.trunc(end, I32)
+        from_first = builder.sub(ir.Constant(kind, list(range(n))), e.splat_of(kind, first))
+        return builder.icmp_unsigned("<", from_first, e.splat_of(kind, builder.sub(end, first)))
+    # Masks are vectors here, of which the signs count: cut from a constant, which takes less than to compare.
+    kind = ir.VectorType(ir.IntType(8 * e.lanes.size), n)
+    name, values = f"some_lanes_{e.lanes}", [0] * n + [-1] * n + [0] * n
+    if name not in e.function.module.globals:
+        table = ir.GlobalVariable(e.function.module, ir.ArrayType(kind.element, 3 * n), name)
+        table.initializer, table.global_constant, table.linkage = ir.Constant(table.value_type, values), True, "internal"
+    table = builder.bitcast(e.function.module.globals[name], kind.element.as_pointer())
+
+    def cut(start: Value) -> Value:
+        value = builder.load(builder.bitcast(builder.gep(table, [start]), kind.as_pointer()))
+        value.align = e.lanes.size
+        return value
+
+    return builder.and_(cut(builder.sub(I64(n), first)), cut(builder.sub(I64(2 * n), end)))
+
+
+def _mask(e: Emitter, inside: Value) -> Value:
+    """A mask for the block it is used in: LLVM carries those of a bit per lane from block to block at a cost."""
+    if e.lanes.bits == 512:
+        return inside
+    return e.builder.icmp_signed("<", inside, ir.Constant(inside.type, [0] * e.lanes.count))

@@ -156,6 +156,37 @@ class Emitter:
         bits = self.builder.bitcast(self.narrowed(value, stored), kind)
         self.builder.call(store, [bits, target, I32(SIZE[stored]), mask])
 
+    def store_first(self, value: Value, pointer: Value, count: Value) -> None:
+        """Write the first ``count`` lanes, any integer, and touch no other memory: in pieces of half the lanes, a
+        quarter and so on, for processors whose masked stores are slow.
+        """
+        builder, n = self.builder, self.lanes.count
+        every = builder.icmp_signed(">=", count, I64(n))
+        left = builder.select(builder.icmp_signed("<", count, I64(0)), I64(0), count)
+        with builder.if_else(every) as (whole, pieces):
+            with whole:
+                self.store(value, pointer)
+            with pieces:
+                size = n // 2
+                while size:
+                    before = builder.block
+                    with builder.if_then(builder.icmp_signed("!=", builder.and_(left, I64(size)), I64(0))):
+                        piece = self.shuffle(value, value, range(size))
+                        target = builder.bitcast(pointer, piece.type.as_pointer())
+                        builder.store(piece, target).align = self.lanes.size
+                        rest = self.shuffle(value, value, [(lane + size) % n for lane in range(n)])
+                        further, inside = self.at(pointer, size), builder.block
+                    value, pointer = self._either(before, (value, pointer), inside, (rest, further))
+                    size //= 2
+
+    def _either(self, one: Value, ones: Sequence[Value], other: Value, others: Sequence[Value]) -> list[Value]:
+        """Values that come from one of two blocks."""
+        phis = [self.builder.phi(value.type) for value in ones]
+        for phi, here, there in zip(phis, ones, others, strict=True):
+            phi.add_incoming(here, one)
+            phi.add_incoming(there, other)
+        return phis
+
     def prefetch(self, pointer: Value, level: int = 3) -> None:
         """Ask for the cache line at ``pointer``, which may lie anywhere; 3 is the first-level cache, 2 the second."""
         signature = ir.FunctionType(VOID, [I8.as_pointer(), I32, I32, I32])
