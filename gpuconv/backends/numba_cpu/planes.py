@@ -39,7 +39,8 @@ _REGISTERS = 16
 _LINE = 1 << 16
 # Bytes of a result that the last-level cache will not hold beside x. 2048²: 3×3 1.2, 5×5 1.7, 7×7 1.3 times as fast
 # past the caches; half of that size stays in the cache, and is written there twice as fast.
-_STREAM = 1 << 24
+_STREAM = 1 << 24# Vectors of a row of outputs from which on it is wide.
+_WIDE = 64
 # Bytes of planes that stay in the first-level cache.
 _FIRST = 24 << 10
 
@@ -88,7 +89,19 @@ def tile_of(problem: Conv2dProblem, lanes: Lanes) -> tuple[int, int]:
     """Rows and vectors of a tile: one vector where a row of outputs has no more."""
     if lanes.bits == 512:
         return (8, 2) if problem.OW > lanes.count else (14 if problem.OH > 8 else 8, 1)
-    return min(10, _REGISTERS - 2 - problem.KH - problem.stride[1]), 1
+    across = problem.stride[1]
+    # Of wide images, whose lines are some powers of two apart, the first-level cache holds few lines; and a line of it
+    # must be streamed at once.
+    if problem.OW >= _WIDE * lanes.count or _streams(problem, lanes):
+        return max(4, (_REGISTERS - 2 * across - problem.KH) // 2), 2
+    most = max(7, min(10, _REGISTERS - 2 - problem.KH - across))
+    bands = -(-problem.OH // most)
+    # Only whole tiles are inside.
+    return (problem.OH // bands if problem.OH % max(bands, 1) == 0 < bands - 1 else most), 1
+
+
+def _streams(problem: Conv2dProblem, lanes: Lanes) -> bool:
+    return problem.result_size * lanes.size >= _STREAM
 
 
 def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
@@ -131,7 +144,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         N: problem.N, G: problem.groups, O: problem.O // problem.groups, H: problem.H, W: problem.W, OH: problem.OH,
         OW: problem.OW, KW: problem.KW, TOP: problem.padding[0][0], LEFT: problem.padding[1][0], STEP: step,
         HIGH: high, WIDE: tiles * width, LINES: lines, PITCH: pitch(tiles), PER_THREAD: each(tiles),
-        STREAM: problem.result_size * lanes.size >= _STREAM, FINISHED: problem.bias or problem.activation is not None,
+        STREAM: _streams(problem, lanes), FINISHED: problem.bias or problem.activation is not None,
     }.items():  # fmt: skip
         table[index] = value
     detail = f"tiles of {height} rows × {width} columns, in place where the columns lie side by side, {lanes}"
@@ -267,7 +280,7 @@ def _kernel(
             at, last = j * across - get(arguments, LEFT), j1 - j
             if direct:
                 y, ldy = to + j * size, syh // size
-            edge = not whole or at < 0 or at + width * across + reach > W_ or last < width
+            edge = at < 0 or at + width * across + reach > W_ or last < width
             count, k_next, x_next = planes, get(arguments, SKG), get(arguments, SXG)
             y_next, bias_next = get(arguments, SYG), 1
             if planes == 1 and direct and not (narrow or edge):
@@ -281,7 +294,7 @@ def _kernel(
             )  # fmt: skip
             if narrow:
                 one(given)
-            elif edge:
+            elif edge or not whole:
                 anywhere(given)
             elif stream and direct:
                 streamed(given)
