@@ -38,7 +38,8 @@ _REGISTERS = 16
 # Bytes of a line, of which a few together stay in a core's second-level cache.
 _LINE = 1 << 16
 # Bytes of a result that the last-level cache will not hold beside x. 2048²: 3×3 1.2, 5×5 1.7, 7×7 1.3 times as fast
-# past the caches; half of that size stays in the cache, and is written there twice as fast.
+# past the caches; half of that size stays in the cache, and is written there twice as fast. With AVX2 (Zen 3) 2048²: 1.0,
+# 0.5, 1.0; 3 × 2048² 0.3; 6144², 3×3 0.3.
 _STREAM = 1 << 24# Vectors of a row of outputs from which on it is wide.
 _WIDE = 64
 # Bytes of planes that stay in the first-level cache.
@@ -90,9 +91,8 @@ def tile_of(problem: Conv2dProblem, lanes: Lanes) -> tuple[int, int]:
     if lanes.bits == 512:
         return (8, 2) if problem.OW > lanes.count else (14 if problem.OH > 8 else 8, 1)
     across = problem.stride[1]
-    # Of wide images, whose lines are some powers of two apart, the first-level cache holds few lines; and a line of it
-    # must be streamed at once.
-    if problem.OW >= _WIDE * lanes.count or _streams(problem, lanes):
+    # Of wide images, whose lines are often a power of two apart, the first-level cache holds few lines.
+    if problem.OW >= _WIDE * lanes.count:
         return max(4, (_REGISTERS - 2 * across - problem.KH) // 2), 2
     most = max(7, min(10, _REGISTERS - 2 - problem.KH - across))
     bands = -(-problem.OH // most)
@@ -101,7 +101,7 @@ def tile_of(problem: Conv2dProblem, lanes: Lanes) -> tuple[int, int]:
 
 
 def _streams(problem: Conv2dProblem, lanes: Lanes) -> bool:
-    return problem.result_size * lanes.size >= _STREAM
+    return lanes.bits == 512 and problem.result_size * lanes.size >= _STREAM
 
 
 def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
@@ -236,7 +236,8 @@ def _kernel(
 ) -> Callable[..., None]:
     size, lane_count, (height, vectors), (down, across) = lanes.size, lanes.count, tile, stride
     width, overlapping = vectors * lane_count, lanes.bits < 512
-    anywhere, inside, streamed = (band(lanes, *tile, KH, stride, kind) for kind in (ANYWHERE, INSIDE, STREAMED))
+    anywhere, inside = (band(lanes, *tile, KH, stride, kind) for kind in (ANYWHERE, INSIDE))
+    streamed = band(lanes, *tile, KH, stride, STREAMED) if lanes.bits == 512 else inside
     one = band(lanes, height, 1, KH, stride, ANYWHERE)
     read, _, _ = rows(lanes, x_dtype)
     _, write, _ = rows(lanes, y_dtype)
