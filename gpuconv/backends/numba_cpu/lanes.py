@@ -269,7 +269,10 @@ def _outward(e: Emitter, to: Value, source: Value, ld: Value, count: Value, pres
         vectors = e.transposed([e.load(e.at(source, e.times(p, n), i * n)) for i in range(n)])
         for c, vector in enumerate(vectors):
             there = builder.select(builder.icmp_signed("<", I64(c), present), left, I64(0))
-            e.masked_store(vector, e.at(to, e.times(ld, c), p), e.mask(there))
+            if e.lanes.bits == 512:
+                e.masked_store(vector, e.at(to, e.times(ld, c), p), e.mask(there))
+            else:
+                e.store_first(vector, e.at(to, e.times(ld, c), p), there)
 
     e.loop(0, builder.add(count, I64(n - 1)), n, put)
 
