@@ -81,7 +81,7 @@ def rounded(value: complex, name: str) -> complex:
 
 
 def name_of(call: str, subject: str, dtype: Any) -> str:
-    """The name of ``dtype`` (a NumPy dtype, a scalar type or a string), or a TypeError saying what is accepted.
+    """The name of ``dtype`` (NumPy's, PyTorch's, a scalar type or a string), or a TypeError saying what is accepted.
 
     ``subject`` begins the message: "x has dtype", "dtype is".
     """
@@ -90,7 +90,7 @@ def name_of(call: str, subject: str, dtype: Any) -> str:
     try:
         name = str(np.dtype(dtype).name)
     except (TypeError, ValueError):
-        name = str(dtype)
+        name = str(dtype) if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
     if name not in CODES:
         hint = "; convert it to float64" if name in ("longdouble", "float128", "float96") else ""
         hint = "; values below 2**63 fit int64" if name == "uint64" else hint

@@ -105,6 +105,8 @@ def as_bias(call: str, bias: Any) -> Operand:
     """The bias as an operand; a number is refused, most kindly when a stride was meant."""
     if isinstance(bias, (Number, np.generic)):
         hint = "; the third argument is the bias, did you mean stride=?" if isinstance(bias, (int, np.integer)) else ""
+        if isinstance(bias, (bool, np.bool_)):
+            hint = "; None is for no bias"
         raise TypeError(
             f"{call}: bias must be an array of shape (O,), one number per output channel; got {bias!r}{hint}"
         )

@@ -160,7 +160,16 @@ bad("float8", T, "x", "float8_e5m2", x=view(X, ml_dtypes.float8_e5m2))
 bad("bias is a stride", T, "bias", "2", "stride", bias=2)
 bad("bias is a pair of strides", V, "bias", "(2,)", "(12,)", "stride", explained=False, bias=(2, 2))
 bad("bias is a NumPy integer", T, "bias", "2", "stride", bias=np.int64(2))
-bad("bias is True", T, "bias", "True", "one number per output channel", explained=False, bias=True)
+bad(
+    "bias is True",
+    T,
+    "bias",
+    "True",
+    "one number per output channel",
+    "None is for no bias",
+    explained=False,
+    bias=True,
+)
 bad("bias is a number", T, "bias", "1.5", "one number per output channel", bias=1.5)
 bad("bias of the wrong length", V, "bias", "(12,)", "(6,)", bias=view((6,)))
 bad("bias with too many axes", V, "bias", "(12,)", "(1, 12, 1, 1)", bias=view((1, 12, 1, 1)))

@@ -390,6 +390,17 @@ def test_torch_out(torch):
         conv2d(x, k[:3, :, :1, :1], out=x)
 
 
+def test_a_torch_dtype_names_the_result(torch):
+    x, k = torch.ones(4, 4), torch.ones(2, 2)
+    for image, kernel in ((x, k), (x.numpy(), k.numpy())):
+        y = conv2d(image, kernel, dtype=torch.float64)
+        assert str(y.dtype).removeprefix("torch.") == "float64" and y[0, 0] == 4
+    with pytest.raises(TypeError, match="dtype"):
+        conv2d(x, k, dtype=torch.float8_e5m2)
+    with pytest.raises(TypeError, match=r"dtype is torch\.float64"):
+        conv2d(x, k, dtype="torch.float64")
+
+
 def test_torch_refusals(torch):
     x, k, b = tensors(torch, X, K, B)
     for position, name in enumerate(("x", "k", "bias")):
