@@ -299,6 +299,11 @@ def test_a_problem_beyond_any_address_space_is_an_answer():
             assert report.to_dict()["implementations"]
 
 
+def test_more_taps_than_one_can_go_through_are_an_answer():
+    report = explain("n1c1h1w1000000000_o1kh1kw1000000000_f32", device="cpu")
+    assert "more than 65536 taps" in str(report)
+
+
 # ---- problem lines
 
 

@@ -89,6 +89,13 @@ def test_the_number_of_threads_may_change(monkeypatch):
     assert conv2d(x, k).tobytes() == wanted
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "2.5", "all"])
+def test_a_number_of_threads_that_is_none(monkeypatch, number):
+    monkeypatch.setenv("GPUCONV_NUM_THREADS", number)
+    with pytest.raises(ValueError, match=f"GPUCONV_NUM_THREADS must be a positive integer; got '{number}'"):
+        conv2d(np.ones((1, 4, 30, 30), np.float32), np.ones((4, 4, 3, 3), np.float32))
+
+
 def test_it_is_bounded():
     for extent in range(3, 3 + quick._MOST + 5):
         conv2d(np.ones((3, extent), np.float32), np.ones((3, 3), np.float32))

@@ -61,6 +61,8 @@ _ALONE = 1 << 19  # products below which starting threads costs more than it giv
 def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     """Why it cannot run ``problem``."""
     reasons = dense.unsupported(problem, target)
+    if reasons:
+        return reasons  # such as more taps than are gone through below
     if problem.padding_mode != "constant":
         reasons.append(f"it pads with constants only, not {problem.padding_mode!r}")
     for part in dense.parts(problem):

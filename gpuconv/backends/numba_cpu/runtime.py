@@ -30,7 +30,6 @@ from numba.extending import intrinsic
 
 from gpuconv.backends.numba_cpu.kernel_cache import KernelCache, alone
 from gpuconv.backends.numba_cpu.vectors import I64
-from gpuconv.geometry import as_integer
 
 _SIGNATURE = (types.intp, types.intp, types.intp), types.void
 _lock = threading.RLock()
@@ -101,7 +100,9 @@ def thread_count() -> int:
     count = int(numba.get_num_threads())
     limit = os.environ.get("GPUCONV_NUM_THREADS")
     if limit:
-        count = min(count, as_integer("GPUCONV_NUM_THREADS", "its value", _number(limit), 1, None))
+        if not limit.isdecimal() or int(limit) < 1:
+            raise ValueError(f"GPUCONV_NUM_THREADS must be a positive integer; got {limit!r}")
+        count = min(count, int(limit))
     return count
 
 
@@ -117,10 +118,6 @@ def share_of_threads(callers: int) -> Iterator[None]:
         yield
     finally:
         numba.set_num_threads(before)
-
-
-def _number(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
 
 
 @intrinsic
