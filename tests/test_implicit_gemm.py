@@ -230,7 +230,8 @@ def test_the_helpers_become_machine_code():
 
     i64, vector, flag = types.int64, types.Array(types.float32, 1, "C"), types.boolean
     view = (vector, *[i64] * 6)
-    bodies = [(panels.build("float32", 64, 8, by_tap), (*view, vector, *[i64] * 7)) for by_tap in (True, False)]
+    ways = ((True, False, False), (False, False, False), (True, True, True))  # the last a weight gradient's
+    bodies = [(panels.build("float32", 64, 8, *way), (*view, vector, *[i64] * 9)) for way in ways]
     bodies.append((partials.build("float32", "float32"), (vector, i64, i64, vector, flag, flag, *view, *[i64] * 6)))
     for body, arguments in bodies:
         library = machine_code.lowered(body, arguments)

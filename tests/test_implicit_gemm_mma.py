@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simulated_warp
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from running import SIMULATED
 
@@ -21,7 +21,14 @@ if SIMULATED:
 
 import gpuconv
 from bench import kernels, machine_code
-from gpuconv.backends.numba_cuda import channels_last, implicit_gemm_mma, tensor_shape, tensor_tile, tiles
+from gpuconv.backends.numba_cuda import (
+    channels_last,
+    columns_together,
+    implicit_gemm_mma,
+    tensor_shape,
+    tensor_tile,
+    tiles,
+)
 from gpuconv.backends.protocol import Target
 from gpuconv.problem import Conv2dProblem
 
@@ -100,6 +107,52 @@ def test_a_large_weight_gradient_packs_its_weights_in_turn(line):
     assert cut.part_slices * cut.depth <= 2**16
     assert made.workspace <= 2**28
     assert implicit_gemm_mma.pack_key(made) is None
+
+
+@given(
+    st.integers(1, 70), st.integers(1, 40), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3),
+    st.sampled_from([16, 32]),
+)  # fmt: skip
+def test_columns_fill_slices_of_small_batches(N, W, KW, stride, dilation, pad, depth):
+    """Of each image as many; never more slices than of single pixels; of the copy all that the windows read."""
+    OW = (W + 2 * pad - dilation * (KW - 1) - 1) // stride + 1
+    assume(OW >= 1)
+    problem = Conv2dProblem(
+        N, 2, 5, W, 3, 1, KW, stride=(1, stride), dilation=(1, dilation), padding=((0, 0), (pad, pad)),
+        op="weight_grad", x_dtype="float16", k_dtype="float16", y_dtype="float16",
+    )  # fmt: skip
+    together = columns_together.of(problem, depth)
+    m = 1 if together is None else together.columns
+    assert OW % m == 0
+    slices = OW // m * -(-m * N // depth)
+    assert slices <= OW * -(-N // depth)
+    if N == 1 and OW == depth:
+        assert slices == 1
+    (part,) = columns_together.parts(problem, depth)
+    forward = part.problem
+    assert (forward.C, forward.KW, forward.OW, forward.OH) == (N * m, OW // m, KW, 1)
+    if together is not None:
+        _, columns = forward.tables()
+        for q in range(KW):
+            for J in range(OW // m):
+                at = columns.index[q * columns.outer + J * columns.inner]
+                assert 0 <= at < forward.W, "not a border: the copy has it"
+                for r in range(m):
+                    assert at - together.left + r * together.step == (J * m + r) * stride + q * dilation - pad
+
+
+def test_columns_of_networks_layers():
+    """7 of 8 products of a slice used where 1 of 32 were; the copy of a large image stays small."""
+    for line, columns in {
+        "n1c64h56w56_o64kh3kw3_p1_wgrad_f16": 28, "n4c64h56w56_o64kh3kw3_p1_wgrad_f16": 8,
+        "n8c64h56w56_o64kh3kw3_p1_wgrad_f16": 4, "n1c512h7w7_o512kh3kw3_p1_wgrad_f16": 7,
+        "n32c64h56w56_o64kh3kw3_p1_wgrad_f16": None, "n1c64h56w56_o64kh3kw3_p1_f16": None,
+        "n1c1h4096w4096_o1kh3kw3_p1_wgrad_f16": None,
+    }.items():  # fmt: skip
+        found = columns_together.of(Conv2dProblem.parse(line), 32)
+        assert (found and found.columns) == columns, line
+    told = str(implicit_gemm_mma.plan(Conv2dProblem.parse("n1c64h56w56_o64kh3kw3_p1_wgrad_f16"), GPU, 2**28).detail)
+    assert "28 columns of an image in a slice" in told
 
 
 # ---- shapes
@@ -189,13 +242,13 @@ def test_long_positive_sums_of_3xtf32_keep_their_promise():
 
 QUICK = (
     "value or float32 or in_place or missing or nan_reaches or 33-5-7 or exact-float16 or 32x32x4 or exact-bfloat16 "
-    "or (gradient and (3-padded or integers or empty))"
+    "or (gradient and (3-padded or integers or empty)) or are_put_beside or 3-10"
 )
 
 
 @pytest.mark.parametrize(
     ("part", "at_least"),
-    [(QUICK, 12), pytest.param(f"not ({QUICK})", 25, marks=pytest.mark.full)],
+    [(QUICK, 14), pytest.param(f"not ({QUICK})", 25, marks=pytest.mark.full)],
     ids=["quick", "long"],
 )
 def test_in_the_simulator(part, at_least):
@@ -251,12 +304,12 @@ def test_machine_code(tile, way, dtype, y_dtype):
 
 
 @needs_ptxas
-@pytest.mark.parametrize("dtype", ["uint16", "float32"])
-def test_the_copy_becomes_machine_code(dtype):
+@pytest.mark.parametrize(("dtype", "together"), [("uint16", False), ("float32", False), ("uint16", True)])
+def test_the_copy_becomes_machine_code(dtype, together):
     from numba.cuda import types
 
     vector, i64 = types.Array(getattr(types, dtype), 1, "C"), types.int64
-    library = machine_code.lowered(channels_last.build(dtype), (vector, *[i64] * 6, vector, *[i64] * 6))
+    library = machine_code.lowered(channels_last.build(dtype, together), (vector, *[i64] * 6, vector, *[i64] * 10))
     for cc in kernels.ARCHITECTURES:
         figures = machine_code.assembled(library, cc)
         assert figures.clean

@@ -245,7 +245,7 @@ def test_weight_gradient_with_parts_packed_and_channels_copied_in_turn(forced):
         seen.add((cut.images, cut.parts_packed))
         found.add(weight_gradient("float16", x, dy, size, kwargs, workspace_limit=limit).tobytes())
     assert len(found) == 1
-    assert seen == {(2, 3), (2, 2), (1, 1)}, "nine slices are three parts"
+    assert seen == {(2, 3), (2, 2), (1, 1)}, "three slices are three parts"
 
 
 def test_weight_gradient_of_integers_is_exact(forced):
@@ -255,6 +255,23 @@ def test_weight_gradient_of_integers_is_exact(forced):
     x, dy = (rng.integers(-2, 3, shape).astype(np.float16) for shape in ((34, 3, 4, 5), (34, 4, 3, 4)))
     found = gpuconv.grad.conv2d_weight(x, (4, 3, 2, 2), dy, backend=NAME)
     wanted = oracle_family.conv2d_weight(x, (4, 3, 2, 2), dy)
+    assert np.array_equal(found.astype(float), wanted.y.astype(float))
+
+
+@pytest.mark.parametrize(("images", "columns"), [(1, 10), (3, 10), (7, 5)])
+def test_columns_beside_images(images, columns):
+    """As many as fill a slice; with strides, dilations and a padding that the first and the last windows reach."""
+    x_shape, dy_shape, size = (images, 4, 4, 19), (images, 2, 2, 10), (2, 2, 2, 3)
+    kwargs = {"stride": (1, 2), "dilation": (2, 2), "padding": ((0, 0), (3, 1)), "groups": 2}
+    problem = Conv2dProblem.of(
+        x_shape, size, call="test", x_dtype="float16", k_dtype="float16", op="weight_grad", **kwargs
+    )
+    (cut,) = implicit_gemm_mma.plan(problem, Target("cuda", 0), 2**24).config["launches"]
+    assert cut.together is not None and cut.together.columns == columns
+    rng = np.random.default_rng(images)
+    x, dy = (rng.integers(-2, 3, shape).astype(np.float16) for shape in (x_shape, dy_shape))
+    found = gpuconv.grad.conv2d_weight(x, size, dy, backend=NAME, **kwargs)
+    wanted = oracle_family.conv2d_weight(x, size, dy, **kwargs)
     assert np.array_equal(found.astype(float), wanted.y.astype(float))
 
 
@@ -311,9 +328,27 @@ def test_channels_are_put_side_by_side(C, H, W):
     grid = 2 * 2 * -(-channels // side) * -(-H * W // side)
     strides = [step // 4 for step in x.strides]
     turn = launch.jit(channels_last.build("float32"))
-    turn[grid, channels_last.THREADS](x.ravel(), 0, *strides, copied.ravel(), channels, 2, C, H, W, 2)
+    turn[grid, channels_last.THREADS](x.ravel(), 0, *strides, copied.ravel(), channels, 2, C, H, W, 2, 1, 0, 0, 0)
     assert np.array_equal(copied[..., :C], x.transpose(0, 3, 4, 1, 2))
     assert not copied[..., C:].any()
+
+
+def test_columns_are_put_beside_images():
+    """Every second column of 3 images, from 2 before the first one on; zeros beside them and to fill up 16."""
+    images, columns, left, step, H, W, width = 3, 4, 2, 2, 2, 5, 7
+    x = np.arange(1, 1 + 2 * images * H * W, dtype=np.float32).reshape(2, 1, images, H, W)
+    copied = np.full((2, H, width, 16), np.nan, np.float32)
+    grid = 2 * -(-H * width // channels_last.SIDE)
+    strides = [size // 4 for size in x.strides]
+    turn = launch.jit(channels_last.build("float32", True))
+    sizes = (2, columns * images, H, width, 1)
+    turn[grid, channels_last.THREADS](x.ravel(), 0, *strides, copied.ravel(), 16, *sizes, images, W, left, step)
+    padded = np.zeros((2, images, H, left + W + columns * step + width), np.float32)
+    padded[..., left : left + W] = x[:, 0]
+    for r in range(columns):
+        of_column = padded[..., r * step : r * step + width].transpose(0, 2, 3, 1)
+        assert np.array_equal(copied[..., r * images : (r + 1) * images], of_column)
+    assert not copied[..., columns * images :].any()
 
 
 def test_a_missing_wait_is_seen(monkeypatch):

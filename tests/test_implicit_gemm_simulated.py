@@ -56,8 +56,9 @@ def test_panels_hold_every_weight_once(C, KH, KW, first):
         strides = [0, *(step // 4 for step in k.strides)]
         body = launch.jit(panels.build("float32", outputs, depth, by_tap))
         body[1, 32](
-            k.ravel() if k.size else np.zeros(1, np.float32), 0, *strides, made, start * depth, slots, C, O, KH, KW, 1
-        )
+            k.ravel() if k.size else np.zeros(1, np.float32), 0, *strides, made, start * depth, slots, C, O, KH, KW, 1,
+            1, 0,
+        )  # fmt: skip
         wanted = np.zeros((slices * depth + slots, O), np.float32)
         for slot, (c, p, q) in enumerate(itertools.product(range(C), range(KH), range(KW))):
             at = ((p * KW + q) * -(-C // depth) * depth + c) if by_tap else slot

@@ -18,7 +18,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gpuconv import dtypes
-from gpuconv.backends.numba_cuda import convert, cost, direct, gpus, launch, replay, tensor_tile, tuned
+from gpuconv.backends.numba_cuda import (
+    columns_together,
+    convert,
+    cost,
+    direct,
+    gpus,
+    launch,
+    replay,
+    tensor_tile,
+    tuned,
+)
+from gpuconv.backends.numba_cuda.columns_together import Together
 from gpuconv.backends.numba_cuda.cost import Candidate
 from gpuconv.backends.numba_cuda.replay import Kept
 from gpuconv.backends.numba_cuda.tensor_shape import SLICE_BYTES, TALL, TensorTile
@@ -67,7 +78,7 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
             "tensor cores round float32, which precision='highest' forbids; pass precision='high' or 'medium', or use "
             "backend='numba_cuda.implicit_gemm'"
         )
-    entries = max((part.problem.table_bytes() // 8 for part in direct.parts(problem)), default=0)
+    entries = max((part.problem.table_bytes() // 8 for part in _parts(problem)), default=0)
     for what, count in (("products per output", problem.products), ("table entries", entries)):
         if count > _MOST // 32:  # a slice of up to 32 may hold a single channel
             reasons.append(f"counts up to {_MOST // 32} {what}; got {count}; use backend='numba_cuda.direct'")
@@ -99,6 +110,7 @@ class Launch:
     parts: int  # that the sum is cut into
     images: int  # of x at a time, so that its copy and what the parts leave fit the scratch
     parts_packed: int  # parts whose weights are packed at a time
+    together: Together | None  # columns that a weight gradient's slices take beside images
 
     @property
     def itemsize(self) -> int:
@@ -164,7 +176,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int, configuration: Sequ
 
     ``configuration`` is one of ``configurations``; without it what was tuned, or else the first of them.
     """
-    lowered = direct.parts(problem)
+    lowered = _parts(problem)
     works = [_work(problem, part.problem) for part in lowered]
     remembered = None
     if configuration is None:
@@ -177,9 +189,10 @@ def plan(problem: Conv2dProblem, target: Target, limit: int, configuration: Sequ
     fixed = sum(part.problem.table_bytes() for part in lowered)
     fixed += problem.result_channels * dtypes.itemsize(problem.sum_dtype)
     wholes = [
-        Launch(part, work.way, candidate.tile, work.slices, candidate.parts, part.problem.N, candidate.parts)
+        Launch(part, work.way, candidate.tile, work.slices, candidate.parts, part.problem.N, candidate.parts,
+               columns_together.of(problem, work.depth))
         for part, work, candidate in zip(lowered, works, chosen, strict=True)
-    ]
+    ]  # fmt: skip
     # The launches of a call are made together, each with scratch of its own.
     count = max(len(wholes), 1)
     least = count * max((whole.panel_bytes + whole.beside(1) for whole in wholes), default=0)
@@ -193,6 +206,11 @@ def plan(problem: Conv2dProblem, target: Target, limit: int, configuration: Sequ
     return Plan(problem, scratch, "float32", told, {"launches": launches})
 
 
+def _parts(problem: Conv2dProblem) -> tuple[direct.Part, ...]:
+    """The forward convolutions that ``problem`` is."""
+    return columns_together.parts(problem, SLICE_BYTES // dtypes.itemsize(problem.x_dtype))
+
+
 def configurations(problem: Conv2dProblem, target: Target, most: int) -> list[tuple[Candidate, ...]]:
     """The ways to run the problem that should be fastest, the choice first: a tile and parts for every launch.
 
@@ -200,7 +218,7 @@ def configurations(problem: Conv2dProblem, target: Target, most: int) -> list[tu
     """
     gpu, gradient = gpus.of(target), problem.op == "weight_grad"
     found = []
-    for part in direct.parts(problem):
+    for part in _parts(problem):
         work = _work(problem, part.problem)
         counts = cost.divisions(work.slices, _least(problem, work), _SHORTEST // work.depth)
         batches = (work.images,) if gradient else cost.BATCHES
@@ -257,6 +275,7 @@ def _told(launches: tuple[Launch, ...]) -> str:
         return "nothing to compute"
     first = launches[0]
     told = f"tensor cores, {first.way}, tile {first.tile}, {first.depth} deep"
+    told += f", {first.together.columns} columns of an image in a slice" if first.together is not None else ""
     told += f", sums in {first.parts} parts" if first.parts > 1 else ""
     told += (
         f", {first.images} of {first.part.problem.N} images at a time" if first.images < first.part.problem.N else ""

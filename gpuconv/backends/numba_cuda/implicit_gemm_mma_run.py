@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -33,9 +34,9 @@ def kernel(tile: TensorTile, way: str, dtype: str, y_dtype: str) -> Any:
 
 
 @lru_cache(maxsize=4)
-def turner(dtype: str) -> Any:
+def turner(dtype: str, together: bool) -> Any:
     """The kernel that puts channels side by side."""
-    return launch.jit(channels_last.build(dtype))
+    return launch.jit(channels_last.build(dtype, together))
 
 
 def bits(array: Any) -> Any:
@@ -60,9 +61,16 @@ def _pack(cut: Launch, k: Flat, weights: Any, part: int, parts: int) -> list[Ste
     problem, slots = cut.part.problem, cut.part_slices * cut.depth
     if cut.panel_size == 0:
         return []
-    function = implicit_gemm_run.packer(_BITS[problem.k_dtype], cut.tile.outputs, cut.depth, True, True)
+    together = cut.together
+    function = implicit_gemm_run.packer(
+        _BITS[problem.k_dtype], cut.tile.outputs, cut.depth, True, True, together is not None
+    )
+    images, column = 1, 0
+    if together is not None:
+        images, column = problem.C // problem.groups // together.columns, k.strides[4]
+        k = replace(k, strides=(*k.strides[:4], together.columns * column))
     sizes = (problem.C // problem.groups, problem.O // problem.groups, problem.KH, problem.KW, problem.groups)
-    arguments = (*k.arguments(), weights, part * slots, parts * slots, *sizes)
+    arguments = (*k.arguments(), weights, part * slots, parts * slots, *sizes, images, column)
     return [Step(function, implicit_gemm_run.blocks(parts * cut.panel_size), implicit_gemm_run.THREADS, arguments)]
 
 
@@ -102,6 +110,8 @@ def steps(cut: Launch, x: Flat, k: Any, y: Flat, bias: Any, has_bias: bool, like
 
 def _in_place(cut: Launch, x: Flat) -> bool:
     """Whether channels already lie side by side, in whole aligned vectors."""
+    if cut.together is not None:
+        return False
     itemsize = dtypes.itemsize(cut.part.problem.x_dtype)
     n, group, channel, row, column = x.strides
     steps = [launch.address(x.vector)]
@@ -117,8 +127,16 @@ def _turn(cut: Launch, x: Flat, copied: Any, images: int) -> list[Step]:
     side, channels = channels_last.SIDE, cut.channels
     grid = images * problem.groups * -(-channels // side) * -(-problem.H * problem.W // side)
     sizes = (images, problem.C // problem.groups, problem.H, problem.W, problem.groups)
-    arguments = (*x.arguments(), copied, channels, *sizes)
-    return [Step(turner(_BITS[problem.x_dtype]), grid, channels_last.THREADS, arguments)] if grid else []
+    together = cut.together
+    places = (1, 0, 0, 0)
+    if together is not None:
+        places = sizes[1] // together.columns, together.width, together.left, together.step
+    function = turner(_BITS[problem.x_dtype], together is not None)
+    return (
+        [Step(function, grid, channels_last.THREADS, (*x.arguments(), copied, channels, *sizes, *places))]
+        if grid
+        else []
+    )
 
 
 def _turned(cut: Launch, copied: Any) -> Flat:

@@ -30,9 +30,11 @@ def kernel(tile: Tile, dtype: str, gather: str, scatter: str) -> Any:
 
 
 @lru_cache(maxsize=32)
-def packer(dtype: str, outputs: int, depth: int, by_tap: bool, along_slots: bool = False) -> Any:
+def packer(
+    dtype: str, outputs: int, depth: int, by_tap: bool, along_slots: bool = False, together: bool = False
+) -> Any:
     """The kernel that packs weights."""
-    return launch.jit(panels.build(dtype, outputs, depth, by_tap, along_slots))
+    return launch.jit(panels.build(dtype, outputs, depth, by_tap, along_slots, together))
 
 
 @lru_cache(maxsize=8)
@@ -142,7 +144,7 @@ def _pack(cut: Launch, k: Flat, weights: Any, part: int, parts: int) -> list[Ste
         return []
     function = packer(problem.sum_dtype, tile.outputs, tile.depth, cut.by_tap)
     sizes = (problem.C // problem.groups, problem.O // problem.groups, problem.KH, problem.KW, problem.groups)
-    arguments = (*k.arguments(), weights, part * slots, parts * slots, *sizes)
+    arguments = (*k.arguments(), weights, part * slots, parts * slots, *sizes, 1, 0)
     return [Step(function, blocks(parts * cut.panel_size), THREADS, arguments)]
 
 

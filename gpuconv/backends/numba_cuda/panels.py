@@ -21,16 +21,20 @@ from numba import cuda  # a global of this module: the simulator replaces it the
 from gpuconv import dtypes
 
 
-def build(dtype: str, outputs: int, depth: int, by_tap: bool, along_slots: bool = False) -> Any:
-    """The kernel that packs elements of ``dtype``, one thread per element of the panels, a stride of the grid apart."""
+def build(dtype: str, outputs: int, depth: int, by_tap: bool, along_slots: bool = False, together: bool = False) -> Any:
+    """The kernel that packs elements of ``dtype``, one thread per element of the panels, a stride of the grid apart.
+
+    ``together``: c is r·images + n, and n and r have strides of their own, see ``columns_together``.
+    """
     ZERO = dtypes.numpy_dtype(dtype).type(0)
-    OUTPUTS, DEPTH, BY_TAP, ALONG_SLOTS = outputs, depth, by_tap, along_slots
+    OUTPUTS, DEPTH, BY_TAP, ALONG_SLOTS, TOGETHER = outputs, depth, by_tap, along_slots, together
     SLICE = OUTPUTS * DEPTH
 
     def pack(  # type: ignore[no-untyped-def]  # Numba infers the types
         k, k0, kG, kO, kC, kH, kW,  # the elements of k, the offset of its first, its strides
         panels, first_slot, slots,
         C, O, KH, KW, groups,  # C and O per group
+        images, kR,  # with columns together: images, and the stride of r
     ):  # fmt: skip
         element = np.int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
         tiles_o = (O + OUTPUTS - 1) // OUTPUTS
@@ -50,7 +54,8 @@ def build(dtype: str, outputs: int, depth: int, by_tap: bool, along_slots: bool 
                 c, tap = slot // (KH * KW), slot % (KH * KW)
             value = ZERO
             if o < O and c < C and tap < KH * KW:
-                value = k[k0 + group * kG + o * kO + c * kC + tap // KW * kH + tap % KW * kW]
+                at = k0 + group * kG + o * kO + tap // KW * kH + tap % KW * kW
+                value = k[at + c % images * kC + c // images * kR if TOGETHER else at + c * kC]
             panels[element] = value
             element += np.int64(cuda.gridDim.x) * cuda.blockDim.x
 
