@@ -277,7 +277,7 @@ def test_machine_code_of_the_transforms(facts):
         assert warps >= 16, "of which each thread has six to 36 loads under way"
         found = figures.instructions
         if facts[0] == "result":
-            assert found["STG.128" if facts[2] else "STG"] > 0
+            assert (found["STG.128"], found["STG"]) == ((4, 0) if facts[2] else (0, 16)), "each output once"
         else:
             assert found["STG"] == 36, "each point once"
             assert found["LDG"] == (9 if facts[0] == "weights" else 36), "each number once"

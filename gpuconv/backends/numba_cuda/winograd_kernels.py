@@ -147,13 +147,29 @@ def build_result(channels_last: bool, vectors: bool) -> Any:
     VECTORS = vectors
     transform, store_vector = winograd_transforms.result, ptx.store_vector(TILE)
 
+    @cuda.jit(device=True, inline="always")
+    def write(y, at, yW, columns, more, relu, a, b, c, d, e, f):  # type: ignore[no-untyped-def]
+        """A row of a tile, of which there are ``columns``."""
+        made = cuda.local.array(TILE, FLOAT)
+        done = transform(a, b, c, d, e, f)
+        for q in range(TILE):
+            total = done[q] + more
+            if relu and total < ZERO:  # false for NaN, which passes through
+                total = ZERO
+            made[q] = total
+        if VECTORS:
+            store_vector(made, 0, y, at)
+        else:
+            for q in range(TILE):
+                if q < columns:
+                    y[at + q * yW] = made[q]
+
     def result(  # type: ignore[no-untyped-def]  # Numba infers the types
         M, pitch, parts, part_step, first, tiles,
         bias, has_bias, relu,
         y, y0, yN, yG, yO, yH, yW,
         O, groups, OH, OW,  # O per group
     ):  # fmt: skip
-        made = cuda.local.array(TILE, FLOAT)
         t = np.int32(cuda.threadIdx.x)
         block, blocks_t, blocks_o = (
             np.int32(cuda.blockIdx.x),
@@ -180,19 +196,13 @@ def build_result(channels_last: bool, vectors: bool) -> Any:
             more = ZERO
             if has_bias:
                 more = bias[channel]
-            for p in range(TILE):
-                done = transform(a[p], b[p], c[p], d[p], e[p], f[p])
-                for q in range(TILE):
-                    total = done[q] + more
-                    if relu and total < ZERO:  # false for NaN, which passes through
-                        total = ZERO
-                    made[q] = total
-                if i + p < OH:
-                    if VECTORS:
-                        store_vector(made, 0, y, to + p * yH)
-                    else:
-                        for q in range(TILE):
-                            if j + q < OW:
-                                y[to + p * yH + q * yW] = made[q]
+            rows, columns = OH - i, OW - j
+            write(y, to, yW, columns, more, relu, a[0], b[0], c[0], d[0], e[0], f[0])
+            if rows > 1:
+                write(y, to + yH, yW, columns, more, relu, a[1], b[1], c[1], d[1], e[1], f[1])
+            if rows > 2:
+                write(y, to + 2 * yH, yW, columns, more, relu, a[2], b[2], c[2], d[2], e[2], f[2])
+            if rows > 3:
+                write(y, to + 3 * yH, yW, columns, more, relu, a[3], b[3], c[3], d[3], e[3], f[3])
 
     return result
