@@ -9,7 +9,7 @@ thread transforms one tile of one channel, in registers. A block has SIDE tiles 
 channels, so that where channels lie side by side in memory, a 32-byte sector that one of its warps reads serves all.
 
 U, V and M are written and read along their last axis, of ``pitch`` elements, a multiple of a vector: neighbouring
-threads, neighbouring elements. What rounds it up is never written, and nothing that is written depends on it.
+threads, neighbouring elements. Whatever stands where they are rounded up, no result depends on it.
 """
 
 from __future__ import annotations
