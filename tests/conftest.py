@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,10 +24,45 @@ def _asks_for_full(config: pytest.Config) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     # Numba's CUDA simulator takes a second for what a GPU does in a microsecond.
-    quick = "simulator" if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" else "quick"
+    simulated = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+    quick = "simulator" if simulated else "quick"
+    if simulated:
+        _share_once()
     settings.load_profile("deep" if _asks_for_full(config) else quick)
     if _asks_for_full(config):
         os.environ["GPUCONV_TEST_LONG"] = "1"  # the children's too
+
+
+def _share_once() -> None:
+    """Have the simulator's threads share their arrays: it looks one up, and makes it, with no lock."""
+    from numba.cuda.simulator import kernelapi
+
+    initialise = kernelapi.FakeCUDAShared.__init__
+
+    def initialised(self, size):
+        initialise(self, size)
+        self._allocations = _Allocations()
+
+    kernelapi.FakeCUDAShared.__init__ = initialised
+
+
+class _Allocations(dict):
+    """Between ``get``, which finds nothing, and the item that follows, no other thread finds nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self._making = threading.Lock()
+
+    def get(self, place):
+        self._making.acquire()
+        found = super().get(place)
+        if found is not None:
+            self._making.release()
+        return found
+
+    def __setitem__(self, place, array):
+        super().__setitem__(place, array)
+        self._making.release()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
