@@ -13,6 +13,7 @@ from test_rows import check, convolved, operands_of
 import gpuconv
 from gpuconv import arrays
 from gpuconv.backends.numba_cpu import planes, runtime
+from gpuconv.backends.numba_cpu.vectors import Lanes
 from gpuconv.problem import Conv2dProblem
 
 pytestmark = pytest.mark.skipif(runtime.unavailable() is not None, reason=str(runtime.unavailable()))
@@ -42,6 +43,8 @@ OTHERS: list[Any] = [
     ((1, 1, 3, 700), (1, 1, 2, 150), {"padding": (1, 10)}),
     ((2, 2, 19, 33), (4, 1, 4, 2), {"padding": 2, "stride": 2, "groups": 2}),
 ]
+# Planes of which a few fit the first-level cache, in two tiles each.
+SEVERAL: Any = ((1, 40, 15, 15), (40, 1, 3, 3), {"padding": 1, "groups": 40})
 QUICK = NARROW + WIDE + STEPS
 EVERY = [*QUICK, *(pytest.param(*posed, marks=pytest.mark.full) for posed in OTHERS)]
 
@@ -60,8 +63,22 @@ def test_every_register(x_shape, k_shape, kwargs, dtype, bits):
 
 
 @pytest.mark.parametrize("bits", [256, 128])
-def test_other_registers(bits):
-    check(planes, *WIDE[0], bits=bits)
+@pytest.mark.parametrize("posed", [WIDE[0], NARROW[0], SEVERAL], ids=["overlapping", "pieces", "several"])
+def test_other_registers(posed, bits):
+    check(planes, *posed, bits=bits)
+
+
+def test_tiles_with_sixteen_registers():
+    """Rows that are whole tiles, where there is a height for it; two vectors where lines are long."""
+
+    def tile(line: str) -> tuple[int, int]:
+        return planes.tile_of(Conv2dProblem.parse(line), Lanes("float32", 8))
+
+    assert tile("n1c3h14w14_o3kh3kw3_p1g3_f32") == (7, 1)
+    assert tile("n1c3h28w28_o3kh3kw3_p1g3_f32") == (10, 1)
+    assert tile("n1c3h56w56_o3kh7kw7_p3g3_f32") == (7, 1)
+    assert tile("n1c1h2048w2048_o1kh3kw3_p1_f32") == (5, 2)
+    assert tile("n1c1h2048w2048_o1kh7kw7_p3_f32") == (4, 2)
 
 
 @pytest.mark.parametrize(("x_shape", "k_shape", "kwargs"), EVERY)

@@ -38,8 +38,8 @@ _REGISTERS = 16
 # Bytes of a line, of which a few together stay in a core's second-level cache.
 _LINE = 1 << 16
 # Bytes of a result that the last-level cache will not hold beside x. 2048²: 3×3 1.2, 5×5 1.7, 7×7 1.3 times as fast
-# past the caches; half of that size stays in the cache, and is written there twice as fast. With AVX2 (Zen 3), 2048²:
-# 1.0, 0.5, 1.0; 3 × 2048² 0.3; 6144², 3×3 0.3.
+# past the caches; half of that size stays in the cache, and is written there twice as fast. With AVX2 never: 2048² 1.0,
+# 0.5 and 1.0 times as fast, three such planes 0.3, and 6144² 0.3.
 _STREAM = 1 << 24
 # Vectors of a row of outputs from which on it is wide.
 _WIDE = 64
@@ -102,6 +102,7 @@ def tile_of(problem: Conv2dProblem, lanes: Lanes) -> tuple[int, int]:
 
 
 def _streams(problem: Conv2dProblem, lanes: Lanes) -> bool:
+    """Whether results go past the caches."""
     return lanes.bits == 512 and problem.result_size * lanes.size >= _STREAM
 
 
@@ -131,8 +132,8 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     tiles = min(tiles, max(1, -(-problem.OW // width) // parts))
     threads = 1 if problem.result_size * problem.products < ALONE else target.threads
     high = -(-problem.OH // max(bands, 1))
-    # Planes of which one tile after the other is made: all, where that is all there is of a plane, else what stays in
-    # the first-level cache.
+    # Planes of which one tile after the other is made: all, where that is all there is of a plane, else those that stay
+    # in the first-level cache together.
     at_once = 1
     if problem.O == problem.groups:
         if bands == 1 and tiles * width >= problem.OW:

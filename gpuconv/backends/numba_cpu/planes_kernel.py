@@ -172,11 +172,8 @@ def _inside(e: Emitter, column: Value, W: Value) -> Value:
     name, values = f"some_lanes_{e.lanes}", [0] * n + [-1] * n + [0] * n
     if name not in e.function.module.globals:
         table = ir.GlobalVariable(e.function.module, ir.ArrayType(kind.element, 3 * n), name)
-        table.initializer, table.global_constant, table.linkage = (
-            ir.Constant(table.value_type, values),
-            True,
-            "internal",
-        )
+        table.initializer = ir.Constant(table.value_type, values)
+        table.global_constant, table.linkage = True, "internal"
     table = builder.bitcast(e.function.module.globals[name], kind.element.as_pointer())
 
     def cut(start: Value) -> Value:

@@ -147,8 +147,10 @@ def row_tile(lanes: Lanes, rows: int, vectors: int, kinds: tuple[int, ...]) -> A
             for j in range(vectors):
                 if j < vectors - 1:
                     e.store(sums[t][j], place(t, j))
-                else:
+                elif e.lanes.bits == 512:
                     e.masked_store(sums[t][j], place(t, j), mask)
+                else:
+                    e.store_first(sums[t][j], place(t, j), last)
 
     name = f"row_tile_{lanes}_{rows}x{vectors}_{'_'.join(map(str, kinds))}"
     return routine(name, lanes, "eeteiiiiiiiee", emit)
