@@ -264,7 +264,8 @@ def serving(call: Call, names: Iterable[str]) -> list[str]:
 
 def refuses(name: str, call: Call) -> bool:
     """Whether ``name`` is one of those that need not serve everything, and does not serve ``call``."""
-    if name != "numpy.fft" and (name in SERVE_EVERYTHING or dispatch.library_of(name) != "numba_cpu"):
+    chosen_few = name == "numpy.fft" or dispatch.library_of(name) == "numba_cpu" or dispatch.is_experimental(name)
+    if name in SERVE_EVERYTHING or not chosen_few:
         return False
     if is_costly(name, "float32" if " float32 " in call.name else "another"):
         return True
