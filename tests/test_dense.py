@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from typing import Any
 
 import calls
@@ -119,11 +119,18 @@ def test_the_cache_decides_blocks_and_no_bit(monkeypatch):
     assert len(plans) == 3 and len(results) == 1  # 1 MB and more are alike
 
 
-def test_the_size_of_the_cache_is_what_the_system_says():
-    said = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in getattr(os, "sysconf_names", {}) else 0
-    if said <= 0:
-        pytest.skip("this system does not tell")
-    assert runtime.l2_bytes() == said
+@pytest.mark.skipif(sys.platform == "darwin", reason="tells it otherwise")
+def test_the_size_of_the_cache_is_what_the_system_tells(tmp_path):
+    assert runtime.l2_bytes(str(tmp_path)) == 1 << 20  # nothing
+    for index, told in enumerate((("1", "Data", "32K"), ("2", "Instruction", "64K"), ("2", "Unified", "512K"))):
+        folder = tmp_path / "caches" / f"index{index}"
+        folder.mkdir(parents=True)
+        for name, value in zip(("level", "type", "size"), told, strict=True):
+            (folder / name).write_text(value + "\n")
+    assert runtime.l2_bytes(str(tmp_path / "caches")) == 512 << 10
+    (tmp_path / "caches" / "index2" / "size").write_text("a lot")
+    runtime.l2_bytes.cache_clear()
+    assert runtime.l2_bytes(str(tmp_path / "caches")) == 1 << 20
 
 
 def test_a_table_of_arguments_that_is_too_long_is_refused():
