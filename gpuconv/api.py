@@ -160,7 +160,8 @@ def conv2d(
     key = None
     if (
         type(x) is np.ndarray and type(k) is np.ndarray and (bias is None or type(bias) is np.ndarray)
-        and dtype is None and out is None and device is None and workspace_limit is None and stream is None
+        and (out is None or (type(out) is np.ndarray and quick.may_be_written(out, x, k, bias)))
+        and dtype is None and device is None and workspace_limit is None and stream is None
         and flip is False and type(x_zero_point) is int and type(k_zero_point) is int
         and x_zero_point == k_zero_point == 0
     ):  # fmt: skip
@@ -168,11 +169,12 @@ def conv2d(
             x.shape, x.strides, x.dtype, k.shape, k.strides, k.dtype,
             None if bias is None else (bias.shape, bias.dtype), token(stride), token(padding), token(dilation),
             token(groups), padding_mode, token(padding_value), layout, kernel_layout, activation, precision, backend,
+            quick.form(out),
         )  # fmt: skip
         ready = quick.find(key)
         if ready is not None:
             try:
-                return ready(x, k, bias)
+                return ready(x, k, bias, out)
             except MemoryError:  # the long way knows what takes less
                 key = None
     lazy = arrays.is_dask(x)
@@ -190,6 +192,6 @@ def conv2d(
 
     def done(choice: Choice) -> None:
         if key is not None:
-            quick.remember(key, quick.of_request(asked, choice, None))
+            quick.remember(key, quick.of_request(asked, choice, None, out))
 
     return request.compute(call, asked, out, device, backend, workspace_limit, stream, done=done)

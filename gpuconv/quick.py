@@ -33,9 +33,9 @@ class Ready:
         # Work for one thread stays so, however many there are; other plans hold for a number of threads.
         self.alone = bound.alone
 
-    def __call__(self, x: Any, k: Any, bias: Any | None) -> Any:
-        """The result, in a new array."""
-        y = arrays.empty(self.shape, self.dtype)
+    def __call__(self, x: Any, k: Any, bias: Any | None, out: Any | None = None) -> Any:
+        """The result, in a new array where there is no ``out``."""
+        y = arrays.empty(self.shape, self.dtype) if out is None else out
         self.bound(x, k, self.packed, bias, y)
         return y
 
@@ -83,6 +83,19 @@ def remember(key: Hashable, ready: Ready | None) -> None:
 def clear() -> None:
     """Forget every call."""
     _ready.clear()
+
+
+def form(out: Any | None) -> Hashable:
+    """What a key has of a NumPy array for the result, if there is one; the rest is a matter of ``may_be_written``."""
+    return None if out is None else (out.shape, out.strides, out.dtype)
+
+
+def may_be_written(out: Any, *inputs: Any) -> bool:
+    """Whether nothing but its form speaks against ``out``; if not, the long way says what."""
+    # By the ends of the arrays alone, as the long way looks.
+    return bool(out.flags.writeable) and not any(
+        np.may_share_memory(out, other) for other in inputs if other is not None
+    )
 
 
 # Types whose values their representations tell.
@@ -134,15 +147,21 @@ class _Phases:
             bound(x, k[taps], packed, bias, out[outputs])
 
 
-def of_request(asked: request.Request, choice: dispatch.Choice, keeper: request.Keeper | None) -> Ready | None:
-    """The call that ``choice`` has just carried out, ready to be repeated; None where it cannot be."""
+def of_request(
+    asked: request.Request, choice: dispatch.Choice, keeper: request.Keeper | None, out: Any | None = None
+) -> Ready | None:
+    """The call that ``choice`` has just carried out, into ``out`` if there is one, ready to be repeated; None where it
+    cannot be.
+    """
     implementation: Any = dispatch.implementation(choice.name)
     problem, second = asked.problem, asked.second
     if not hasattr(implementation, "Bound") or second is None or not _plain(asked, problem):
         return None
     x, k = request.view(problem, 0, asked.first.array), request.view(problem, 1, second.array)
     dtype = dtypes.numpy_dtype(problem.y_dtype)
-    out = request.view(problem, 2, np.empty(asked.shape, dtype))
+    if out is not None and not out.dtype.isnative:
+        return None
+    out = request.view(problem, 2, np.empty(asked.shape, dtype) if out is None else out)
     packed = None
     if problem.op == "input_grad":
         phased = _Phases(implementation, choice.plan, x, k, out)

@@ -80,6 +80,42 @@ def test_memory_of_one_call_is_not_another_s():
     assert np.array_equal(first, kept) and not np.shares_memory(first, second)
 
 
+def test_an_out_of_the_caller_s_is_written():
+    layer, wanted = gpuconv.Conv2d(K), conv2d(X, K).tobytes()
+    for call in (lambda out: conv2d(X, K, out=out), lambda out: layer(X, out=out)):
+        for _ in range(3):
+            out = np.full((2, 6, 7, 6), np.nan, np.float32)
+            assert call(out) is out and out.tobytes() == wanted
+            apart = np.full((2, 6, 7, 12), np.nan, np.float32)  # of other strides
+            assert call(apart[..., ::2]).tobytes() == wanted and np.isnan(apart[..., 1::2]).all()
+    assert len(quick._ready) == 3 and len(layer._ready) == 2
+
+
+@pytest.mark.parametrize("of", ["conv2d", "Conv2d"])
+def test_an_out_that_may_not_be_written_is_refused_each_time(of):
+    memory = np.zeros(X.size + 504, np.float32)
+    x = memory[: X.size].reshape(X.shape)
+    x[...] = X
+    layer = gpuconv.Conv2d(K)
+    call = (lambda out: conv2d(x, K, out=out)) if of == "conv2d" else (lambda out: layer(x, out=out))
+    beside = memory[X.size :].reshape(2, 6, 7, 6)
+    frozen = np.zeros((2, 6, 7, 6), np.float32)
+    frozen.flags.writeable = False
+    for _ in range(2):
+        call(beside)
+        with pytest.raises(ValueError, match="out and x overlap in memory"):
+            call(memory[X.size - 1 : X.size + 503].reshape(2, 6, 7, 6))
+        with pytest.raises(ValueError, match="out is read-only"):
+            call(frozen)
+        with pytest.raises(ValueError, match="out has shape"):
+            call(np.zeros((2, 6, 7, 7), np.float32))
+        with pytest.raises(TypeError, match="out has dtype float64"):
+            call(np.zeros((2, 6, 7, 6)))
+    if of == "conv2d":
+        with pytest.raises(ValueError, match="out and k overlap in memory"):
+            conv2d(X, K, out=np.lib.stride_tricks.as_strided(K, (2, 6, 7, 6), beside.strides))
+
+
 def test_the_number_of_threads_may_change(monkeypatch):
     x, k = np.ones((1, 32, 40, 40), np.float32), np.ones((32, 32, 3, 3), np.float32)
     wanted = conv2d(x, k).tobytes()
