@@ -88,8 +88,9 @@ def _narrow(problem: Conv2dProblem, columns: int) -> bool:
     # numba_cpu.lanes over numba_cpu.planes, by the columns of outputs. Stride 1, 3×3: 3 0.90, 4 0.86, 7 1.0, 9 1.4,
     # 14 1.7, 17 0.84, 28 1.25, 33 1.02, 56 1.5; 7×7: 4 0.97, 9 1.7, 14 1.9, 17 0.98, 56 1.8. Stride 2, 3×3: 4 0.5,
     # 7 0.63, 10 0.98, 14 1.2, 17 0.75, 20 0.85, 28 1.1. numba_cpu.rows takes 1.4 to 4 times as long as planes.
+    # AVX2, stride 2: 14 columns 0.83, 28 0.81, 5×5 0.5.
     if problem.op == "forward" and problem.stride[1] == 2:
-        return columns <= 8 or 16 < columns <= 22
+        return columns <= 28 if 0 < _vector_bits() < 512 else columns <= 8 or 16 < columns <= 22
     return columns <= 4
 
 

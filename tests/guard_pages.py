@@ -195,7 +195,7 @@ BUDGETS: dict[str, dict[str, tuple[Any, ...]]] = {
                  "_MANY": (2, 7, 30), "_FEW": (0, 128)},
     "channels": {"_ALONE": (0,)},
     "pixels": {"_ALONE": (0,), "_INPUTS": (1, 3000), "_PRODUCTS": (40, 400), "_PIXELS": (1, 7, 50),
-               "_CACHED": ((0, 0), (1 << 30, 1 << 30))},
+               "_CACHED": tuple(dict.fromkeys((512, 256, 128), (size, size)) for size in (0, 1 << 30))},
     "rows": {"_IN_PLACE": (1, 20), "_WINDOW": (1, 9000)},
     "planes": {"_LINE": (1, 400), "_STREAM": (0,), "ALONE": (0,)},
     "merged": {"_PIXELS": (70,)},

@@ -179,7 +179,10 @@ bad("float bias of integers", T, "bias", "float32", "int32", bias=view((12,)), *
 # strides, dilations, paddings, groups
 for name in ("stride", "padding", "dilation", "groups"):
     for value in (1.0, True, None, "1" if name != "padding" else b"1", np.True_, np.float32(1), 1j, {1: 1}, object()):
-        bad(f"{name}={value!r}", T, name, "must be an integer", repr(value), type(value).__name__, **{name: value})
+        rule = "must be an integer", repr(value), type(value).__name__
+        if name == "padding" and value is None:
+            rule = "must be one of 'valid', ", "an integer, (rows, columns) or", "got None"
+        bad(f"{name}={value!r}", T, name, *rule, **{name: value})
     bad(f"{name}=-1", V, name, "-1", "at least", **{name: -1})
     bad(f"{name} with 5,001 digits", V, name, "below" if name != "groups" else "groups", **{name: DIGITS})
     bad(f"{name} with -5,001 digits", V, name, "at least", **{name: -DIGITS})

@@ -259,7 +259,8 @@ def _direct(plan: Plan, out: Any) -> bool:
         and products <= BLOCK
         and width <= wide
         and 16 * held <= 17 * wide
-        and out.strides[4] == lanes.size == out.dtype.itemsize
+        and out.dtype == lanes.dtype  # integers are as wide, too
+        and out.strides[4] == lanes.size
         and out.strides[2] % lanes.size == 0
     )
 
@@ -331,7 +332,8 @@ class Bound:
 
 def filler(lanes: Lanes, stored: str) -> Any:
     """A function that copies what a strip reads of some channels: fill(arguments, to, image, channels, i0, high, j0,
-    wide, again), the image at an address. ``again``: ``to`` holds other channels of the same place, and so its border.
+    wide, again), the image at an address. ``again``: ``to`` holds other channels, or another image's or group's, of the
+    same place, and so its border.
     """
     wide_size = lanes.size
     read, _, fill_row = rows(lanes, stored)
