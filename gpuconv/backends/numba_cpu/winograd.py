@@ -19,6 +19,7 @@ import numpy as np
 
 from gpuconv import schedule
 from gpuconv.backends.numba_cpu import dense, runtime, winograd_pixels, winograd_planes, winograd_weights
+from gpuconv.backends.numba_cpu.microkernel import TILES
 from gpuconv.backends.numba_cpu.pixels_kernel import vectors_of
 from gpuconv.backends.numba_cpu.strip import ALONE
 from gpuconv.backends.numba_cpu.vectors import Lanes
@@ -128,7 +129,7 @@ class _Planes:
 
     def __init__(self, channels: int, outputs: int, lanes: Lanes) -> None:
         self.channels, self.lanes = channels, lanes
-        self.rows, self.vectors = winograd_planes.SHAPES[lanes.bits]
+        self.rows, self.vectors = TILES[lanes.bits]
         self.unit = self.rows
         self.wide = 4 * self.vectors * lanes.count
         self.few = _FEW if lanes.bits == 256 else 240

@@ -31,10 +31,6 @@ from gpuconv.backends.numba_cpu.winograd_work import (
     W,
 )  # fmt: skip
 
-# Output channels and vectors of tiles that are summed in registers together, where it is not what other kernels do: the
-# weights of six output channels, at each point, would be transformed by registers of six lanes.
-SHAPES = TILES | {256: (4, 3)}
-
 # The table of arguments goes on: the sizes, in elements, of a row of the image, of one of the planes that it is split
 # in, and of a row of sums; how far apart the channels of one, two, … vectors of tiles are.
 LINE, PLANE, LDC, OFFSETS = range(OWN, OWN + 4)
@@ -43,7 +39,7 @@ LINE, PLANE, LDC, OFFSETS = range(OWN, OWN + 4)
 def kernel(lanes: Lanes) -> Callable[..., None]:
     """The kernel."""
     size, count = lanes.size, lanes.count
-    MR, NV = SHAPES[lanes.bits]
+    MR, NV = TILES[lanes.bits]
     width = NV * count
     tiles = [tile(lanes, MR, vectors + 1) for vectors in range(NV)]
     full, one, two = tiles[-1], tiles[0], tiles[min(1, NV - 1)]
