@@ -118,10 +118,8 @@ class Fence:
 
     def laid(self, values: np.ndarray, form: Form) -> np.ndarray:
         """``values`` in such memory; where a step is 0, the first of them for all."""
-        view, first = (
-            self.room(values.shape, values.dtype, form),
-            [slice(1 if step == 0 else None) for step in form.steps],
-        )
+        view = self.room(values.shape, values.dtype, form)
+        first = [slice(1 if step == 0 else None) for step in form.steps]
         view[tuple(first)] = values[tuple(first)]
         return view
 
