@@ -13,7 +13,6 @@ No GPU has run this yet: it runs when asked for by name, and ``explain`` says so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -298,48 +297,12 @@ def pack(plan: Plan, operands: Operands) -> Kept:
     """The panels, one per launch, or the kernel; in device memory."""
     from gpuconv.backends.numba_cuda import implicit_gemm_mma_run
 
-    with launch.on_gpu(operands.ordinal):
-        stream = launch.stream(operands.stream, operands.x)
-        k: Any = launch.flat(implicit_gemm_mma_run.bits(operands.k), stream)
-        if pack_key(plan) is not None:
-            k = [implicit_gemm_mma_run.packed(cut, k, operands.x, stream) for cut in plan.config["launches"]]
-        if stream:
-            stream.synchronize()  # other streams will read it
-        return Kept(k)
+    how = None if pack_key(plan) is None else implicit_gemm_mma_run.packed
+    return replay.pack(plan, implicit_gemm_mma_run.in_words(operands), how)
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
-    """Launch the kernels on NumPy operands (uploaded and downloaded here) or on CuPy ones, on the given stream."""
+    """Launch the kernels on NumPy operands or on CuPy ones; see ``replay``."""
     from gpuconv.backends.numba_cuda import implicit_gemm_mma_run
 
-    like, kept = operands.x, operands.packed
-    with ExitStack() as stack:
-        stack.enter_context(launch.on_gpu(operands.ordinal))
-        stream = launch.stream(operands.stream, like)
-        if operands.again and kept is not None and replay.in_place(like) and replay.in_place(out):
-            address = launch.stream_address(operands.stream, like)
-            x = implicit_gemm_mma_run.bits(like)
-            kept.run(plan, x, out, address, stream, lambda: _call(plan, operands, launch.flat(out), stream))
-            return
-        y = stack.enter_context(launch.output(out, stream))
-        # Held until the stack unwinds, because what was uploaded must outlive the kernels.
-        call = _call(plan, operands, y, stream)
-        for step in call.steps:
-            step.run(stream)
-
-
-def _call(plan: Plan, operands: Operands, y: Any, stream: Any) -> replay.Call:
-    """The launches of a call into y."""
-    from gpuconv.backends.numba_cuda import implicit_gemm_mma_run
-
-    problem, like, kept = plan.problem, operands.x, operands.packed
-    x = launch.flat(implicit_gemm_mma_run.bits(like), stream)
-    k = launch.flat(implicit_gemm_mma_run.bits(operands.k), stream) if kept is None else kept.weights
-    bias = launch.vector(like, operands.bias, dtypes.numpy_dtype("float32"), 1, stream)
-    has_bias = operands.bias is not None
-    steps: list[replay.Step] = []
-    for number, cut in enumerate(plan.config["launches"]):
-        # Panels are of a forward convolution, which sees x and y as they are.
-        of_x, of_k, of_y = (x, k[number], y) if isinstance(k, list) else direct.views(problem, cut.part, x, k, y)
-        steps += implicit_gemm_mma_run.steps(cut, of_x, of_k, of_y, bias, has_bias, like, stream)
-    return replay.Call(steps, x.vector, y.vector)
+    replay.run(plan, implicit_gemm_mma_run.in_words(operands), out, implicit_gemm_mma_run.steps)

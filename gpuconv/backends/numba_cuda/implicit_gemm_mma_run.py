@@ -21,6 +21,7 @@ from gpuconv.backends.numba_cuda.implicit_gemm_mma import Launch
 from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.backends.numba_cuda.replay import Step
 from gpuconv.backends.numba_cuda.tensor_shape import TensorTile
+from gpuconv.backends.protocol import Operands
 
 # 16-bit floats are copied as the integers of their bits.
 _BITS = {"float16": "uint16", "bfloat16": "uint16", "float32": "float32"}
@@ -46,6 +47,12 @@ def bits(array: Any) -> Any:
         return Flat(vector.view(np.uint16) if vector.dtype == np.float16 else vector, array.offset, array.strides)
     array = arrays.native(array) if isinstance(array, np.ndarray) else array
     return array.view(_BITS[array.dtype.name])
+
+
+def in_words(operands: Operands) -> Operands:
+    """The operands as such views; k only where it is read, because it may have to be copied."""
+    k = operands.k if operands.packed is not None else bits(operands.k)
+    return replace(operands, x=bits(operands.x), k=k)
 
 
 def packed(cut: Launch, k: Flat, like: Any, stream: Any) -> Any:

@@ -4,6 +4,9 @@ The first call with arrays of some shape and strides makes its tables, scratch a
 packed weights. Later ones differ in where x and y begin, so that they are nothing but launches: no allocation, no copy,
 nothing waited for, and they can be captured in a CUDA graph. What is kept belongs to one thread and one stream, whose
 calls are in order: two of them never share scratch, and a capture needs a first call on its own stream.
+
+``pack`` and ``run`` are those of every implementation that lists its launches: it says how weights are packed for one
+of its plan's, and what the steps of one are.
 """
 
 from __future__ import annotations
@@ -11,13 +14,15 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
-from gpuconv import arrays
-from gpuconv.backends.numba_cuda import convert, launch, ptx
-from gpuconv.backends.protocol import Plan
+from gpuconv import arrays, dtypes
+from gpuconv.backends.numba_cuda import convert, direct, launch, ptx
+from gpuconv.backends.numba_cuda.launch import Flat
+from gpuconv.backends.protocol import Operands, Plan
 
 _CALLS = 16  # forms of calls that are kept for one kernel, each with its scratch
 
@@ -189,3 +194,64 @@ class Kept:
 def in_place(array: Any) -> bool:
     """Whether kernels read or write the array where it is, whatever call it comes with."""
     return launch.resident(array) and array.size > 0 and all(step % array.itemsize == 0 for step in array.strides)
+
+
+class Pack(Protocol):
+    """Packs the weights ``k`` for the launch ``cut``, on the stream."""
+
+    def __call__(self, cut: Any, k: Flat, like: Any, stream: Any) -> Any:
+        """The packed weights, in device memory."""
+
+
+class Steps(Protocol):
+    """Lists what the launch ``cut`` does."""
+
+    def __call__(
+        self, cut: Any, x: Flat, k: Any, y: Flat, bias: Any, has_bias: bool, like: Any, stream: Any
+    ) -> list[Step]:
+        """The steps that make y of x and k, a Flat or what was packed of it."""
+
+
+def pack(plan: Plan, operands: Operands, pack: Pack | None) -> Kept:
+    """The weights in device memory: packed for each of the plan's launches, or, with None, as they are."""
+    with launch.on_gpu(operands.ordinal):
+        stream = launch.stream(operands.stream, operands.x)
+        k: Any = launch.flat(operands.k, stream)
+        if pack is not None:
+            k = [pack(cut, k, operands.x, stream) for cut in plan.config["launches"]]
+        if stream:
+            stream.synchronize()  # other streams will read it
+        return Kept(k)
+
+
+def run(plan: Plan, operands: Operands, out: Any, steps: Steps) -> None:
+    """Launch the kernels on NumPy operands (uploaded and downloaded here) or on CuPy ones, on the given stream."""
+    like, kept = operands.x, operands.packed
+    with ExitStack() as stack:
+        stack.enter_context(launch.on_gpu(operands.ordinal))
+        stream = launch.stream(operands.stream, like)
+        if operands.again and kept is not None and in_place(like) and in_place(out):
+            address = launch.stream_address(operands.stream, like)
+            kept.run(plan, like, out, address, stream, lambda: _call(plan, operands, launch.flat(out), stream, steps))
+            return
+        y = stack.enter_context(launch.output(out, stream))
+        # Held until the stack unwinds, because what was uploaded must outlive the kernels.
+        call = _call(plan, operands, y, stream, steps)
+        for step in call.steps:
+            step.run(stream)
+
+
+def _call(plan: Plan, operands: Operands, y: Flat, stream: Any, steps: Steps) -> Call:
+    """The launches of a call into y."""
+    like, kept = operands.x, operands.packed
+    x = launch.flat(like, stream)
+    k: Any = launch.flat(operands.k, stream) if kept is None else kept.weights
+    bias = launch.vector(like, operands.bias, dtypes.numpy_dtype(plan.sums_in), 1, stream)
+    has_bias = operands.bias is not None
+    made: list[Step] = []
+    for number, cut in enumerate(plan.config["launches"]):
+        # Packed weights are of a forward convolution, which sees x and y as they are.
+        packed = isinstance(k, list)
+        of_x, of_k, of_y = (x, k[number], y) if packed else direct.views(plan.problem, cut.part, x, k, y)
+        made += steps(cut, of_x, of_k, of_y, bias, has_bias, like, stream)
+    return Call(made, x.vector, y.vector)
