@@ -107,12 +107,44 @@ def test_a_plan_covers_the_problem_within_its_limit(given_sizes, op, limit):
     assert 4 * allocated <= made.workspace
     assert cut.chunk % 4 == 0 and 4 <= cut.chunk < cut.tiles + 4
     assert cut.pitch % 4 == 0 and 0 <= cut.pitch - cut.outputs < 4
+    # Every output channel once.
+    outputs = cut.problem.O // groups
+    made = [
+        (group + g) * outputs + output + o
+        for block, group, output in cut.blocks()
+        for g in range(block.groups)
+        for o in range(block.outputs)
+    ]
+    assert made == list(range(cut.problem.O))
+    assert all(block.groups == 1 or block.outputs == outputs for block, _, _ in cut.blocks())
     # Parts of whole slices, none of them empty, none longer than 256 channels.
     assert cut.slices * 8 >= cut.inputs
     assert (cut.parts - 1) * cut.part_slices < max(cut.slices, 1) <= max(cut.parts * cut.part_slices, 1)
     assert cut.part_slices * 8 <= 256
     # What the kernels count in 32 bits.
     assert 8 * max(cut.pitch, cut.chunk) < 2**31 and cut.tiles + cut.chunk < 2**31
+
+
+@pytest.mark.parametrize(
+    ("line", "most", "parts"),
+    [
+        ("n1c2048h7w7_o2048kh3kw3_p1_high_f32", 512, "512 of 2048 output channels at a time"),
+        ("n8c2048h64w64_o4096kh3kw3_p1_high_f32", 512, "512 of 4096 output channels at a time"),
+        ("n1c4096h7w7_o4096kh3kw3_p1_g2_high_f32", 512, "512 of 4096 output channels at a time"),
+        ("n1c8192h7w7_o8192kh3kw3_p1_g32_high_f32", 4096, "4096 of 8192 output channels at a time"),
+    ],
+)
+def test_weights_too_large_for_the_workspace_are_transformed_in_turn(line, most, parts):
+    """Those of all channels, 36 floats for each weight of nine, are more than the 256 MiB of the default."""
+    problem = Conv2dProblem.parse(line)
+    made = winograd.plan(problem, GPU, LIMIT)
+    (cut,) = made.config["launches"]
+    assert 4 * 36 * problem.C // problem.groups * problem.O > LIMIT
+    assert cut.groups * cut.outputs == most and parts in made.detail
+    assert 4 * (cut.weights_size + cut.image_size + cut.parts * cut.part_size) <= made.workspace <= LIMIT
+    assert cut.chunk >= min(128, cut.tiles)
+    assert winograd.pack_key(made) is None, "a Conv2d keeps the weights themselves"
+    assert winograd.pack_key(winograd.plan(problem, GPU, 2**33)) == "transformed"
 
 
 @pytest.mark.parametrize("channels", [1, 64, 256, 257, 1000])
@@ -206,7 +238,7 @@ def test_a_tenth_of_the_promised_error(channels, positive):
 # ---- the simulator
 
 QUICK = (
-    "planes or any_sizes or four_kernels and NCHW or matrix_products and 16 or sums_in_parts or limit_asks "
+    "planes or any_sizes or four_kernels and NCHW or matrix_products and 16 or sums_in_parts or limit "
     "or gradients or prepared or nan or wrong_transform"
 )
 

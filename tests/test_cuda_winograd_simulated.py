@@ -116,11 +116,11 @@ def by_numpy(monkeypatch):
 
         def run(self, stream: Any) -> None:
             cut, U, V, M = self.facts
-            u = U.copy_to_host().reshape(cut.products, cut.inputs, cut.pitch)[..., : cut.outputs]
-            v = V.copy_to_host().reshape(cut.products, cut.inputs, cut.chunk)
+            u = U.copy_to_host()[: cut.weights_size].reshape(cut.products, cut.inputs, cut.pitch)[..., : cut.outputs]
+            v = V.copy_to_host()[: cut.image_size].reshape(cut.products, cut.inputs, cut.chunk)
             made = product(u, v, cut.slices, cut.part_slices)
             assert len(made) == cut.parts
-            M[:] = made.reshape(-1)
+            M[: made.size] = made.reshape(-1)
 
     monkeypatch.setattr(winograd_run, "_multiply", Product)
 
@@ -278,21 +278,56 @@ def test_same_bits_whatever_the_batch_the_chunk_the_tile_and_the_layout(change):
     assert run(x, k, bias, **options).tobytes() == y.tobytes()
 
 
-def test_a_chunk_is_as_small_as_the_limit_asks(by_numpy):
+def test_chunks_are_as_small_as_the_limit_asks(by_numpy):
     x, k, bias = posed(2, 3, 5, 9, 10)
     y = run(x, k, bias, padding=1)
     with pytest.raises(
-        MemoryError, match=r"needs [0-9]+ bytes of scratch, of them 3456 for transformed weights"
+        MemoryError, match=r"needs [0-9]+ bytes of scratch, of them 1728 for transformed weights of 4 output channel"
     ) as found:
         run(x, k, bias, padding=1, workspace_limit=5000)
     least = int(str(found.value).split("needs ")[1].split()[0])
     with pytest.raises(MemoryError):
         run(x, k, bias, padding=1, workspace_limit=least - 1)
-    for limit, chunk in ((least, 4), (2 * least, 8), (10 * least, 20)):
+    for limit, outputs, chunk in ((least, 4, 4), (2 * least, 4, 8), (10 * least, 5, 20)):
         report = gpuconv.explain(x, k, bias, padding=1, precision="high", backend=NAME, workspace_limit=limit)
         assert report.plan.workspace <= limit
-        assert report.plan.config["launches"][0].chunk == chunk
+        (cut,) = report.plan.config["launches"]
+        assert (cut.outputs, cut.chunk) == (outputs, chunk)
         assert run(x, k, bias, padding=1, workspace_limit=limit).tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("groups", "outputs", "layout", "limit", "blocks"),
+    [
+        (1, 11, "NHWC", 10_000, [(1, 4), (1, 4), (1, 3)]),
+        (3, 2, "NCHW", 16_000, [(2, 2), (1, 2)]),
+        (2, 5, "NCHW", 8000, [(1, 4), (1, 1)] * 2),
+    ],
+)
+def test_channels_whose_weights_a_limit_has_no_room_for_are_made_in_turn(
+    by_numpy, groups, outputs, layout, limit, blocks
+):
+    """The same bits, in a layer and in a gradient too."""
+    x, k, bias = posed(2, 3 * groups, outputs * groups, 5, 6, groups)
+    if layout == "NHWC":
+        x = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+    options = {"padding": 1, "groups": groups, "layout": layout, "activation": "relu"}
+    y = run(x, k, bias, **options)
+    report = gpuconv.explain(x, k, bias, **options, precision="high", backend=NAME, workspace_limit=limit)
+    (cut,) = report.plan.config["launches"]
+    assert [(block.groups, block.outputs) for block, _, _ in cut.blocks()] == blocks
+    assert run(x, k, bias, **options, workspace_limit=limit).tobytes() == y.tobytes()
+    layer = gpuconv.Conv2d(k, bias, **options, precision="high", backend=NAME, workspace_limit=limit)
+    for _ in range(2):
+        assert layer(x).tobytes() == y.tobytes()
+    # The gradient makes as many channels as k here has outputs, of an image that is like x.
+    options = {"padding": 1, "groups": groups, "layout": layout, "precision": "high", "backend": NAME}
+    turned = np.ascontiguousarray(k.reshape(groups, outputs, 3, 3, 3).swapaxes(1, 2)).reshape(-1, outputs, 3, 3)
+    size = y.shape
+    found = [
+        gpuconv.grad.conv2d_input(size, turned, x, **options, workspace_limit=room).tobytes() for room in (None, limit)
+    ]
+    assert found[0] == found[1]
 
 
 # ---- operands

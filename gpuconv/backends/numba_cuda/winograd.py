@@ -4,7 +4,8 @@
 
 The result is cut in tiles of 4 × 4. ``winograd_kernels`` transforms the weights, which a ``Conv2d`` keeps, and for a
 chunk of tiles after the other the image; ``winograd_multiply`` sums over the channels, at each of 36 points a matrix
-product; and the sums are transformed to the result. ``winograd_run`` launches them.
+product; and the sums are transformed to the result. ``winograd_run`` launches them. Transformed weights are four times
+as large as weights: where those of all output channels are too large for the workspace, channels are made in turn.
 
 What is between these kernels has 36 numbers where x and y have 16. A tile's channels of x and y, C and O of them, move
 
@@ -25,7 +26,8 @@ No GPU has run this yet: it runs when asked for by name, and ``explain`` says so
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gpuconv.backends.numba_cuda import cost, depthwise_shape, direct, gpus, launch, replay, tiles
@@ -79,11 +81,13 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
 
 @dataclass(frozen=True)
 class Launch:
-    """A forward convolution of stride 1, and how it is cut up."""
+    """A forward convolution of stride 1, and how it is cut up; sizes are of what is made at a time."""
 
     part: direct.Part
     tile: Tile  # of the matrix products
     chunk: int  # tiles of 4 × 4 at a time, a multiple of a vector
+    groups: int  # at a time
+    outputs: int  # output channels of each of these at a time; all, where there are several groups
 
     @property
     def problem(self) -> Conv2dProblem:
@@ -96,9 +100,9 @@ class Launch:
         return self.problem.C // self.problem.groups
 
     @property
-    def outputs(self) -> int:
-        """Output channels of a group."""
-        return self.problem.O // self.problem.groups
+    def whole(self) -> bool:
+        """Whether all output channels are made at a time."""
+        return self.groups * self.outputs == self.problem.O
 
     @property
     def tiles(self) -> int:
@@ -108,7 +112,7 @@ class Launch:
     @property
     def products(self) -> int:
         """Matrix products: one for each point and group."""
-        return POINTS * self.problem.groups
+        return POINTS * self.groups
 
     @property
     def slices(self) -> int:
@@ -127,7 +131,7 @@ class Launch:
 
     @property
     def pitch(self) -> int:
-        """Elements of a row of the transformed weights: the output channels of a group, rounded up to vectors."""
+        """Elements of a row of the transformed weights: the outputs, rounded up to vectors."""
         return _whole(self.outputs, 4)
 
     @property
@@ -144,6 +148,19 @@ class Launch:
     def part_size(self) -> int:
         """Elements of a chunk's sums of one part."""
         return self.products * self.outputs * self.chunk
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of the transformed image and the sums of one tile."""
+        return 4 * self.products * (self.inputs + self.parts * self.outputs)
+
+    def blocks(self) -> Iterator[tuple[Launch, int, int]]:
+        """What is made one after the other; of each the first group, and the first output channel in it."""
+        outputs = self.problem.O // self.problem.groups
+        for group in range(0, self.problem.groups, self.groups):
+            for output in range(0, outputs, self.outputs):
+                count = min(self.groups, self.problem.groups - group), min(self.outputs, outputs - output)
+                yield replace(self, groups=count[0], outputs=count[1]), group, output
 
 
 def parts_of(channels: int) -> int:
@@ -164,39 +181,59 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     launches: list[Launch] = []
     scratch = 4 * problem.result_channels
     for part in lowered:
-        forward = part.problem
-        if not depthwise_shape.arithmetic(forward):
-            scratch += forward.table_bytes()
-        least = Launch(part, tiles.SMALL, TILE)
-        scratch += 4 * least.weights_size
-        per_tile = 4 * (least.image_size + least.parts * least.part_size) // TILE
-        most = (limit - scratch) // per_tile // TILE * TILE
-        if most < TILE:
+        if not depthwise_shape.arithmetic(part.problem):
+            scratch += part.problem.table_bytes()
+        cut = _cut(part, limit - scratch)
+        needed = 4 * cut.weights_size + cut.chunk * cut.tile_bytes
+        if needed > limit - scratch:
             raise MemoryError(
-                f"{NAME} on {problem} needs {scratch + TILE * per_tile} bytes of scratch, of them "
-                f"{4 * least.weights_size} for transformed weights, and workspace_limit is {limit}"
+                f"{NAME} on {problem} needs {scratch + needed} bytes of scratch, of them {4 * cut.weights_size} for "
+                f"transformed weights of {cut.outputs} output channel(s), and workspace_limit is {limit}"
             )
-        chunk = min(most, max(_UNIT, _CHUNK // per_tile // _UNIT * _UNIT), _whole(max(least.tiles, 1), TILE))
-        scratch += chunk * per_tile
-        launches.append(Launch(part, _tile(least, chunk, gpu), chunk))
+        scratch += needed
+        launches.append(replace(cut, tile=_tile(cut, gpu)))
     return Plan(problem, scratch, "float32", _told(launches), {"launches": tuple(launches)})
 
 
-def _tile(least: Launch, chunk: int, gpu: gpus.Gpu) -> Tile:
+def _cut(part: direct.Part, room: int) -> Launch:
+    """As many output channels and tiles at a time as fit ``room`` bytes; where none do, the fewest."""
+    whole = Launch(part, tiles.SMALL, TILE, part.problem.groups, part.problem.O // part.problem.groups)
+    every = _whole(max(whole.tiles, 1), TILE)
+    for groups, outputs in _shares(whole.groups, whole.outputs):
+        cut = replace(whole, groups=groups, outputs=outputs)
+        most = (room - 4 * cut.weights_size) // cut.tile_bytes // TILE * TILE
+        if most >= min(_UNIT, every):  # rather fewer channels than tiles too few for a matrix product
+            break
+    cached = max(_UNIT, _CHUNK // cut.tile_bytes // _UNIT * _UNIT)
+    return replace(cut, chunk=max(TILE, min(most, cached, every)))
+
+
+def _shares(groups: int, outputs: int) -> Iterator[tuple[int, int]]:
+    """Ever fewer groups, and then output channels of one, to be made at a time."""
+    yield groups, outputs
+    while groups > 1:
+        groups = -(-groups // 2)
+        yield groups, outputs
+    while outputs > TILE:
+        outputs = _whole(-(-outputs // 2), TILE)
+        yield groups, outputs
+
+
+def _tile(cut: Launch, gpu: gpus.Gpu) -> Tile:
     """The tile of the matrix products of a chunk; whichever it is, the sums have the same bits."""
     work = cost.Work(
         way="float32",
-        outputs=least.outputs,
-        pixels=chunk,
+        outputs=cut.outputs,
+        pixels=cut.chunk,
         images=1,
-        groups=least.products,
-        slices=least.slices,
-        depth=least.tile.depth,
+        groups=cut.products,
+        slices=cut.slices,
+        depth=cut.tile.depth,
         itemsize=4,
-        image_bytes=4 * least.products * chunk * (least.inputs + least.outputs),
-        weight_bytes=4 * least.weights_size,
+        image_bytes=4 * cut.products * cut.chunk * (cut.inputs + cut.outputs),
+        weight_bytes=4 * cut.weights_size,
     )
-    found: Tile = cost.ranked(work, tiles.TILES["float32"], [least.parts], gpu)[0].tile
+    found: Tile = cost.ranked(work, tiles.TILES["float32"], [cut.parts], gpu)[0].tile
     return found
 
 
@@ -209,12 +246,15 @@ def _told(launches: list[Launch]) -> str:
         f"F(4×4, 3×3), {min(first.chunk, first.tiles)} of {first.tiles} tiles at a time, then {first.products} matrix "
     )
     told += f"products in tiles of {first.tile}"
+    if not first.whole:
+        told += f", {first.groups * first.outputs} of {first.problem.O} output channels at a time"
     return told + (f", sums in {first.parts} parts" if first.parts > 1 else "") + "; not measured"
 
 
 def pack_key(plan: Plan) -> Any:
-    """What the packed weights depend on besides the weights; None where they are kept as they are, of a gradient."""
-    return "transformed" if plan.problem.op == "forward" else None
+    """The form of the packed weights; None where they are kept as they are: of a gradient, or too large at once."""
+    whole = all(cut.whole for cut in plan.config["launches"])
+    return "transformed" if plan.problem.op == "forward" and whole else None
 
 
 def pack(plan: Plan, operands: Operands) -> Kept:

@@ -45,20 +45,23 @@ def multiply_kernel(tile: Tile) -> Any:
 
 def steps(cut: Launch, x: Flat, k: Any, y: Flat, bias: Any, has_bias: bool, like: Any, stream: Any) -> list[Step]:
     """The launches that make y of x and k, a Flat or its transform."""
-    problem, made = cut.problem, []
-    U = k
-    if isinstance(k, Flat):
-        U = launch.scratch(like, _float, cut.weights_size)
-        made.append(_weights(cut, k, U))
+    made: list[Step] = []
+    U = launch.scratch(like, _float, cut.weights_size) if isinstance(k, Flat) else k
     V, M = (launch.scratch(like, _float, size) for size in (cut.image_size, cut.parts * cut.part_size))
-    reads = _reads(problem, like, stream)
-    for first in range(0, cut.tiles, cut.chunk):
-        count = min(cut.chunk, cut.tiles - first)
-        made += [
-            _image(cut, x, V, first, count, reads),
-            _multiply(cut, U, V, M, count),
-            _result(cut, M, y, bias, has_bias, first, count),
-        ]
+    reads = _reads(cut.problem, like, stream)
+    for block, group, output in cut.blocks():
+        of_x, of_y = _from(x, 1, group), _from(_from(y, 1, group), 2, output)
+        of_bias = bias[group * cut.problem.O // cut.problem.groups + output :] if has_bias and not cut.whole else bias
+        if isinstance(k, Flat):
+            made.append(_weights(block, _from(_from(k, 0, group), 1, output), U))
+        for first in range(0, cut.tiles, cut.chunk):
+            count = min(cut.chunk, cut.tiles - first)
+            if output == 0 or cut.chunk < cut.tiles:  # else it is there
+                made.append(_image(block, of_x, V, first, count, reads))
+            made += [
+                _multiply(block, U, V, M, count),
+                _result(block, M, of_y, of_bias, has_bias, first, count),
+            ]
     return made
 
 
@@ -69,13 +72,18 @@ def transformed(cut: Launch, k: Flat, like: Any, stream: Any) -> Any:
     return U
 
 
+def _from(flat: Flat, axis: int, index: int) -> Flat:
+    """The operand from ``index`` of an axis on."""
+    return Flat(flat.vector, flat.offset + index * flat.strides[axis], flat.strides)
+
+
 def _blocks(cut: Launch, across: int, channels: int) -> int:
     """Blocks of a kernel that transforms, so many tiles or weights of so many channels."""
-    return -(-across // winograd_kernels.SIDE) * -(-channels // winograd_kernels.CHANNELS) * cut.problem.groups
+    return -(-across // winograd_kernels.SIDE) * -(-channels // winograd_kernels.CHANNELS) * cut.groups
 
 
 def _weights(cut: Launch, k: Flat, U: Any) -> Step:
-    sizes = cut.pitch, cut.inputs, cut.outputs, cut.problem.groups
+    sizes = cut.pitch, cut.inputs, cut.outputs, cut.groups
     arguments = (*_view(k), U, *map(_wide, sizes))
     return Step(weights_kernel(), _blocks(cut, cut.outputs, cut.inputs), winograd_kernels.threads(), arguments)
 
@@ -83,7 +91,7 @@ def _weights(cut: Launch, k: Flat, U: Any) -> Step:
 def _image(cut: Launch, x: Flat, V: Any, first: int, count: int, reads: tuple[Any, ...]) -> Step:
     problem = cut.problem
     reader = "inside" if depthwise_shape.arithmetic(problem) else "tabled"
-    sizes = first, count, cut.inputs, problem.groups, problem.H, problem.W, problem.OH, problem.OW
+    sizes = first, count, cut.inputs, cut.groups, problem.H, problem.W, problem.OH, problem.OW
     arguments = (*_view(x), V, _wide(cut.chunk), *map(_narrow, sizes), *reads, _float.type(problem.fill))
     function = image_kernel(reader, _channels_last(x))
     return Step(function, _blocks(cut, count, cut.inputs), winograd_kernels.threads(), arguments)
@@ -104,7 +112,7 @@ def _result(cut: Launch, M: Any, y: Flat, bias: Any, has_bias: bool, first: int,
     arguments = (
         M, _wide(cut.chunk), _narrow(cut.parts), _wide(cut.part_size), _narrow(first), _narrow(count),
         bias, has_bias, problem.activation == "relu", *_view(y),
-        *map(_narrow, (cut.outputs, problem.groups, problem.OH, problem.OW)),
+        *map(_narrow, (cut.outputs, cut.groups, problem.OH, problem.OW)),
     )  # fmt: skip
     return Step(function, _blocks(cut, count, cut.outputs), winograd_kernels.threads(), arguments)
 
