@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuconv.backends.numba_cuda import cost, gpus, implicit_gemm, implicit_gemm_mma, tensor_shape, tiles
+from gpuconv.backends.numba_cuda import (
+    convert,
+    cost,
+    gpus,
+    implicit_gemm,
+    implicit_gemm_mma,
+    launch,
+    tensor_shape,
+    tiles,
+)
 from gpuconv.backends.protocol import Target
 from gpuconv.problem import Conv2dProblem
 
@@ -122,3 +132,19 @@ def test_unknown_capabilities_are_those_of_the_last_one_known():
     assert older.rate("float32") == 2 * 64 * older.clock
     assert newer.rate("3xtf32") == newer.rate("tf32") / 3
     assert newer.resident(1024, 255, 10_000) == 1, "a block runs, however much it takes"
+
+
+def test_what_a_driver_does_not_tell_is_taken_from_the_usual_gpu(monkeypatch):
+    """Newer drivers may say that a clock is 0; times are divided by it."""
+    from numba import cuda
+
+    device = SimpleNamespace(
+        name="GPU", compute_capability=(9, 0), MULTIPROCESSOR_COUNT=100, CLOCK_RATE=0, MEMORY_CLOCK_RATE=0,
+        GLOBAL_MEMORY_BUS_WIDTH=0,
+    )  # fmt: skip
+    monkeypatch.setattr(launch, "unavailable", lambda: None)
+    monkeypatch.setattr(convert, "simulated", lambda: False)
+    monkeypatch.setattr(cuda, "list_devices", lambda: [device], raising=False)
+    found = gpus.gpu.__wrapped__(0)
+    assert found == gpus.Gpu("GPU", (9, 0), 100, gpus.USUAL.clock, gpus.USUAL.bandwidth)
+    assert chosen("n1c64h8w8_o64kh3kw3_p1_f32", found)

@@ -63,6 +63,8 @@ def test_it_refuses_with_every_reason(monkeypatch):
         "use backend='numba_cuda.direct'",
         "use 'numba_cuda.direct'",
     ]
+    wide = Conv2dProblem(1, 1, 2, 2, 2**31, 1, 1, x_dtype="float16", k_dtype="float16", y_dtype="float16")
+    assert f"output channels; got {2**31}" in implicit_gemm_mma.unsupported(wide, GPU)[0]
 
 
 def test_explain_says_that_it_is_experimental():

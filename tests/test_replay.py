@@ -18,13 +18,15 @@ if SIMULATED:
     pytest.skip("this process is the simulator", allow_module_level=True)
 
 import gpuconv
-from gpuconv.backends.numba_cuda import launch, replay, tensor_shape
+from gpuconv.backends.numba_cuda import direct, launch, patches, patches_kernel, replay, ring, tensor_shape
 
-QUICK = "mma-NCHW or gemm-NHWC or alive or threads or tables"
+QUICK = "mma-NCHW or gemm-NHWC or alive or threads or tables or within or graphs"
 
 
 @pytest.mark.parametrize(
-    ("part", "at_least"), [(QUICK, 8), pytest.param(f"not ({QUICK})", 5, marks=pytest.mark.full)], ids=["quick", "long"]
+    ("part", "at_least"),
+    [(QUICK, 10), pytest.param(f"not ({QUICK})", 5, marks=pytest.mark.full)],
+    ids=["quick", "long"],
 )
 def test_in_the_simulator(part, at_least):
     file = str(Path(__file__).with_name("test_replay_simulated.py"))
@@ -98,7 +100,7 @@ def test_more_shared_memory_is_asked_for_once_per_device(monkeypatch):
         def __getitem__(self, shape: Any) -> Any:
             return lambda *arguments: calls.append((shape, arguments))
 
-    kernel = launch._Asking(Kernel(), tensor_shape.LARGE.dynamic_bytes)
+    kernel = launch.Kernel(Kernel(), tensor_shape.LARGE.dynamic_bytes)
     kernel[5, 256, "stream"](1, 2.0)
     kernel[5, 256, "stream"](1, 2.0)
     devices[0] = SimpleNamespace(id=1)
@@ -109,6 +111,25 @@ def test_more_shared_memory_is_asked_for_once_per_device(monkeypatch):
     launched = [call for call in calls if len(call) == 2]
     assert launched[0] == ((5, 256, "stream", 81920), (1, 2.0))
     assert launched[2] == ((6, 256, 0, 81920), (1, 2.0))
+
+
+def test_small_grids_are_launched_without_a_warning(monkeypatch):
+    """Of which Numba warns, and here warnings are errors; whoever has kernels of his own is warned as before."""
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+    from numba.cuda.core.errors import NumbaPerformanceWarning
+
+    kernels = [
+        launch.jit(ring.build(True)),
+        direct.kernel(direct.SMALL, "float32", "float32", "float32", False),
+        patches.kernel(patches_kernel.build_unfold, 4),
+    ]
+    for kernel in kernels:
+        launched: list[Any] = []
+        monkeypatch.setattr(kernel.kernel, "call", lambda given, shape, to=launched: to.append((given, shape.griddim)))
+        kernel[3, 32, 0](1, 2)
+        assert launched == [((1, 2), (3, 1, 1))]
+        with pytest.warns(NumbaPerformanceWarning, match="Grid size 2"):
+            kernel.kernel[2, 32, 0]
 
 
 @pytest.mark.gpu

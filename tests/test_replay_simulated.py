@@ -73,7 +73,10 @@ def gpu(monkeypatch):
     stream = SimpleNamespace(ptr=7, synchronize=lambda: None)
     library = SimpleNamespace(
         empty=poisoned, zeros=np.zeros, asarray=np.asarray, ascontiguousarray=np.ascontiguousarray,
-        cuda=SimpleNamespace(get_current_stream=lambda: stream, Device=lambda ordinal: nullcontext()),
+        cuda=SimpleNamespace(
+            get_current_stream=lambda: stream, Device=lambda ordinal: nullcontext(),
+            runtime=SimpleNamespace(streamIsCapturing=lambda address: False),
+        ),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "cupy", library)
 
@@ -168,6 +171,21 @@ def test_views_and_other_alignments_are_calls_of_their_own():
     assert len(kept(layer).calls) == 1 + len(views) + 2
 
 
+def test_memory_that_begins_within_an_element_is_copied():
+    """As of a view of bytes; a GPU reads no such numbers."""
+    memory = np.zeros(25, np.uint8)
+    shifted = memory[1:].view(np.float32)
+    shifted[...] = range(6)
+    assert shifted.ctypes.data % 4 == 1
+    flat = launch.flat(shifted)
+    assert launch.address(flat.vector) % 4 == 0 and list(flat.vector) == list(range(6))
+    assert not replay.in_place(shifted) and replay.in_place(shifted.copy())
+    with launch.output(shifted) as y:
+        assert launch.address(y.vector) % 4 == 0
+        y.vector[:] = 7
+    assert (shifted == 7).all()
+
+
 def test_nothing_of_the_caller_is_kept_alive():
     class Array(np.ndarray):
         pass
@@ -202,13 +220,27 @@ def test_threads_and_streams_have_scratch_of_their_own(gpu):
     assert len(shared) == 1, "the packed weights alone"
 
 
-def test_the_calls_kept_are_bounded():
+def test_the_calls_kept_are_bounded_but_for_a_graphs(gpu, monkeypatch):
+    """A graph launches by itself, into scratch whose memory must not be given to anybody else."""
     layer = gpuconv.Conv2d(np.ones((1, 1, 1, 1), np.float32), backend=PLAIN)
-    for width in range(1, replay._CALLS + 4):
+
+    def call(width: int) -> None:
         x = np.ones((1, 1, 1, width), np.float32)
         assert (layer(x, out=np.full_like(x, np.nan)) == 1).all()
+
+    call(1)
+    with monkeypatch.context() as capture:
+        capture.setattr(gpu.cuda.runtime, "streamIsCapturing", lambda address: address == 7)
+        call(1)
+    (of_graph,) = kept(layer).calls.values()
+    for width in range(2, replay._CALLS + 4):
+        call(width)
     found = kept(layer)
-    assert len(found.calls) == replay._CALLS
+    assert len(found.calls) == replay._CALLS and of_graph not in found.calls.values()
+    (held,) = found.captured.values()
+    assert held is of_graph
+    call(1)
+    assert len(found.calls) == replay._CALLS, "that of the graph was used again"
     gpuconv.clear()
     assert layer._kept == {}
 

@@ -138,16 +138,21 @@ def parts(problem: Conv2dProblem) -> tuple[Part, ...]:
     return (Part(bias), *launches)
 
 
+def counts(problem: Conv2dProblem, lowered: tuple[Part, ...]) -> tuple[tuple[str, int], ...]:
+    """What kernels of matrix products count, of which a kernel with 32 bits for it has a limit."""
+    entries = max((part.problem.table_bytes() // 8 for part in lowered), default=0)
+    channels = max((part.problem.O for part in lowered), default=0)
+    return ("products per output", problem.products), ("table entries", entries), ("output channels", channels)
+
+
 @lru_cache(maxsize=64)
 def kernel(
     tile: Tile, x_dtype: str, k_dtype: str, y_dtype: str, zero_points: bool, conjugate: str | None = None
 ) -> Any:
     """The compiled-on-demand kernel of one specialisation."""
-    from numba import cuda
-
     from gpuconv.backends.numba_cuda import direct_kernel
 
-    return cuda.jit(direct_kernel.build(tile, x_dtype, k_dtype, y_dtype, zero_points, conjugate))
+    return launch.jit(direct_kernel.build(tile, x_dtype, k_dtype, y_dtype, zero_points, conjugate))
 
 
 def pack_key(plan: Plan) -> None:

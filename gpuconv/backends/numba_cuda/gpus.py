@@ -81,9 +81,9 @@ def gpu(ordinal: int | None) -> Gpu:
     device = cuda.list_devices()[ordinal]
     name = device.name.decode() if isinstance(device.name, bytes) else str(device.name)
     major, minor = device.compute_capability
-    # kHz and bits; two transfers per clock.
+    # kHz and bits; two transfers per clock. 0 where a driver no longer tells.
     bandwidth = 2 * device.MEMORY_CLOCK_RATE * 1e3 * device.GLOBAL_MEMORY_BUS_WIDTH / 8
     return Gpu(
-        name, (int(major), int(minor)), int(device.MULTIPROCESSOR_COUNT), device.CLOCK_RATE * 1e3,
-        bandwidth or USUAL.bandwidth,
+        name, (int(major), int(minor)), int(device.MULTIPROCESSOR_COUNT),
+        device.CLOCK_RATE * 1e3 or USUAL.clock, bandwidth or USUAL.bandwidth,
     )  # fmt: skip

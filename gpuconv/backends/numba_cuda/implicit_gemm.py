@@ -46,8 +46,7 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     if kinds not in ((name,) * 3 for name in tiles.TILES):
         got = " × ".join(kinds[:2]) + f" → {kinds[2]}"
         reasons.append(f"computes in float32 or in float64, all operands alike; got {got}; convert them")
-    entries = max((part.problem.table_bytes() // 8 for part in direct.parts(problem)), default=0)
-    for what, count in (("products per output", problem.products), ("table entries", entries)):
+    for what, count in direct.counts(problem, direct.parts(problem)):
         if count > _MOST:
             reasons.append(f"counts up to {_MOST} {what}; got {count}; use backend='numba_cuda.direct'")
     return reasons

@@ -77,8 +77,7 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
             "tensor cores round float32, which precision='highest' forbids; pass precision='high' or 'medium', or use "
             "backend='numba_cuda.implicit_gemm'"
         )
-    entries = max((part.problem.table_bytes() // 8 for part in _parts(problem)), default=0)
-    for what, count in (("products per output", problem.products), ("table entries", entries)):
+    for what, count in direct.counts(problem, _parts(problem)):
         if count > _MOST // 32:  # a slice of up to 32 may hold a single channel
             reasons.append(f"counts up to {_MOST // 32} {what}; got {count}; use backend='numba_cuda.direct'")
     capability = _capability(target.ordinal)

@@ -7,6 +7,7 @@ first element and its strides, so every view is served in place: transposed, ste
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -76,6 +77,12 @@ def resident(array: Any) -> bool:
     return not isinstance(array, (np.ndarray, Flat))
 
 
+def in_elements(array: Any) -> bool:
+    """Whether a kernel can read or write a GPU's array in place: it begins and goes on in whole elements."""
+    begins = arrays.address(array) % array.dtype.alignment == 0
+    return begins and all(step % array.itemsize == 0 for step in array.strides)
+
+
 def flat(array: Any, on: Any = 0) -> Flat:
     """A GPU array in place, or a host array uploaded, on the stream ``on``, in its own memory order."""
     from numba import cuda
@@ -87,7 +94,7 @@ def flat(array: Any, on: Any = 0) -> Flat:
         axes = _memory_order(array)
         dense = np.ascontiguousarray(array.transpose(axes))
         return Flat(cuda.to_device(_bits(dense.reshape(-1)), stream=on), 0, _strides(dense, axes))
-    if any(step % array.itemsize for step in array.strides):
+    if not in_elements(array):
         array = array.copy()
     low, high = arrays.byte_bounds(array)
     offset = (arrays.address(array) - low) // array.itemsize
@@ -111,7 +118,7 @@ def output(out: Any, on: Any = 0) -> Iterator[Flat]:
         yield out
         return
     if resident(out):
-        target = out if all(step % out.itemsize == 0 for step in out.strides) else out.copy()
+        target = out if in_elements(out) else out.copy()
         yield flat(target)
         if target is not out:
             out[...] = target
@@ -193,7 +200,7 @@ def address(vector: Any) -> int:
     return int(vector.__cuda_array_interface__["data"][0])
 
 
-def jit(body: Any, registers: int | None = None, dynamic: int = 0) -> Any:
+def jit(body: Any, registers: int | None = None, dynamic: int = 0) -> Kernel:
     """The kernel ``body``, to be compiled at its first launch, each thread with so many registers at most.
 
     A block of it has ``dynamic`` bytes of shared memory beyond what its code declares.
@@ -201,37 +208,62 @@ def jit(body: Any, registers: int | None = None, dynamic: int = 0) -> Any:
     from numba import cuda
 
     made = cuda.jit(body) if registers is None or convert.simulated() else cuda.jit(body, max_registers=registers)
-    return made if dynamic == 0 else _Asking(made, dynamic)
+    return Kernel(made, dynamic)
 
 
-class _Asking:
-    """A kernel whose blocks take more shared memory than a launch may without asking, 48 KiB."""
+# Held by who has a warning of Numba's off, which is off for the whole process.
+_UNWARNED = threading.Lock()
 
-    def __init__(self, kernel: Any, dynamic: int) -> None:
+
+class Kernel:
+    """A kernel of Numba's, which is launched like one: ``kernel[blocks, threads, stream](*arguments)``.
+
+    It says nothing of grids of fewer than 128 blocks, of which Numba warns: small images have no more. And it asks for
+    more shared memory than a launch may have without, 48 KiB.
+    """
+
+    def __init__(self, kernel: Any, dynamic: int = 0) -> None:
         self.kernel, self.dynamic = kernel, dynamic
         self.asked: set[Any] = set()  # (function, device)
 
     def __getitem__(self, shape: tuple[Any, ...]) -> Callable[..., None]:
-        grid, threads, stream = (*shape, 0)[:3]
+        whole = shape + (0, self.dynamic)[len(shape) - 2 :]
 
         def launch(*arguments: Any) -> None:
-            if not convert.simulated():
+            if self.dynamic and not convert.simulated():
                 self.ask(arguments)
-            self.kernel[grid, threads, stream, self.dynamic](*arguments)
+            self.configured(whole)(*arguments)
 
         return launch
+
+    def configured(self, shape: tuple[Any, ...]) -> Any:
+        """Numba's kernel with the blocks, threads, stream and shared memory of its launch."""
+        if convert.simulated():
+            return self.kernel[shape]
+        from numba.cuda import dispatcher
+
+        with _UNWARNED:
+            warned = dispatcher.config.CUDA_LOW_OCCUPANCY_WARNINGS
+            dispatcher.config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
+            try:
+                return self.kernel[shape]
+            finally:
+                dispatcher.config.CUDA_LOW_OCCUPANCY_WARNINGS = warned
+
+    def compiled(self, arguments: tuple[Any, ...]) -> Any:
+        """What Numba makes of the kernel for arguments like these."""
+        return self.kernel.compile(tuple(self.kernel.typeof_pyval(argument) for argument in arguments))
 
     def ask(self, arguments: tuple[Any, ...]) -> None:
         """Raise the limit of the compiled function, once on each device; Numba's driver has the call but no method."""
         from numba.cuda.cudadrv import driver
 
-        types = tuple(self.kernel.typeof_pyval(argument) for argument in arguments)
-        function = self.kernel.compile(types)._codelibrary.get_cufunc()
-        place = function.device.id
-        if (types, place) not in self.asked:
+        function = self.compiled(arguments)._codelibrary.get_cufunc()
+        asked = function.handle, function.device.id
+        if asked not in self.asked:
             attribute = driver.binding.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            driver.driver.cuKernelSetAttribute(attribute, self.dynamic, function.handle, place)
-            self.asked.add((types, place))
+            driver.driver.cuKernelSetAttribute(attribute, self.dynamic, *asked)
+            self.asked.add(asked)
 
 
 def on_gpu(ordinal: int | None) -> AbstractContextManager[Any]:

@@ -41,9 +41,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
 @lru_cache(maxsize=64)
 def kernel(build: Callable[..., Any], *facts: Any) -> Any:
     """The compiled-on-demand kernel of one specialisation."""
-    from numba import cuda
-
-    return cuda.jit(build(*facts))
+    return launch.jit(build(*facts))
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:

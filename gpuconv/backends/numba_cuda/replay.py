@@ -3,7 +3,8 @@
 The first call with arrays of some shape and strides makes its tables, scratch and arguments, and keeps them beside the
 packed weights. Later ones differ in where x and y begin, so that they are nothing but launches: no allocation, no copy,
 nothing waited for, and they can be captured in a CUDA graph. What is kept belongs to one thread and one stream, whose
-calls are in order: two of them never share scratch, and a capture needs a first call on its own stream.
+calls are in order: two of them never share scratch, and a capture needs a first call on its own stream. A graph goes on
+using the scratch of what it captured, which is kept for as long as the ``Conv2d`` keeps its weights.
 
 ``pack`` and ``run`` are those of every implementation that lists its launches: it says how weights are packed for one
 of its plan's, and what the steps of one are.
@@ -48,7 +49,7 @@ class Memory:
 class Step:
     """A kernel's launch."""
 
-    function: Any  # of ``launch.jit``
+    function: launch.Kernel
     grid: int
     threads: int
     arguments: tuple[Any, ...]
@@ -122,11 +123,10 @@ def bind(step: Step, x: Any, y: Any) -> Bound:
     """Let Numba compile the step's kernel for its arguments, and take them apart."""
     from numba.cuda.dispatcher import LaunchConfig
 
-    function, dynamic = step.function, getattr(step.function, "dynamic", 0)
+    dynamic = step.function.dynamic
     if dynamic:
-        function.ask(step.arguments)
-        function = function.kernel
-    compiled = function.compile(tuple(function.typeof_pyval(argument) for argument in step.arguments))
+        step.function.ask(step.arguments)
+    compiled = step.function.compiled(step.arguments)
     values, places, held = taken_apart(compiled, step.arguments, x, y)
     config = LaunchConfig(grid=step.grid, block=step.threads, shmem_size=dynamic)
     return Bound(config, compiled._codelibrary.get_cufunc().kernel, values, places, held)
@@ -166,6 +166,7 @@ class Kept:
 
     weights: Any
     calls: OrderedDict[Any, tuple[Plan, list[Bound | Slotted]]] = field(default_factory=OrderedDict)
+    captured: dict[Any, tuple[Plan, list[Bound | Slotted]]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, plan: Plan, x: Any, y: Any, address: int, stream: Any, make: Callable[[], Call]) -> None:
@@ -179,6 +180,10 @@ class Kept:
             found = self.calls.get(key)
             if found is not None:
                 self.calls.move_to_end(key)
+                if _captures(address):
+                    self.captured[key] = found
+            else:
+                found = self.captured.get(key)
         if found is None:
             call = make()
             # The plan is held, so that no other one gets its id.
@@ -191,9 +196,18 @@ class Kept:
             launched.launch(stream, memory)
 
 
+def _captures(address: int) -> bool:
+    """Whether a graph is made of what the stream is given; of the default stream, 0 or 1, none can be."""
+    if address in (0, 1):
+        return False
+    import cupy
+
+    return bool(cupy.cuda.runtime.streamIsCapturing(address))
+
+
 def in_place(array: Any) -> bool:
     """Whether kernels read or write the array where it is, whatever call it comes with."""
-    return launch.resident(array) and array.size > 0 and all(step % array.itemsize == 0 for step in array.strides)
+    return launch.resident(array) and array.size > 0 and launch.in_elements(array)
 
 
 class Pack(Protocol):
