@@ -162,6 +162,36 @@ def configurations(
     return [chosen, *others][:most]
 
 
+def of_launches(
+    works: Sequence[Work],
+    fewest: Sequence[int],
+    tiles: Sequence[Shape],
+    shortest: int,
+    batches: Sequence[int] | None,
+    gpu: Gpu,
+    most: int,
+) -> list[tuple[Candidate, ...]]:
+    """The ways to run several launches that should be fastest, the choice first: a tile and parts for each of them.
+
+    Of each the sum has at least as many parts as ``fewest`` says, but none of fewer products than ``shortest``; with
+    ``batches`` of None they are chosen for its own batch.
+    """
+    found = []
+    for work, least in zip(works, fewest, strict=True):
+        counts = divisions(work.slices, least, shortest // work.depth)
+        found.append(configurations(work, tiles, counts, gpu, batches or (work.images,), most))
+    # The r-th best of every launch together.
+    return [tuple(ways[min(rank, len(ways) - 1)] for ways in found) for rank in range(max(map(len, found), default=1))]
+
+
+def told_cut(what: str, launches: Sequence[Any]) -> str:
+    """What the first of some launches does, and how it is cut up, in a few words for explain."""
+    first, N = launches[0], launches[0].part.problem.N
+    told = what + (f", sums in {first.parts} parts" if first.parts > 1 else "")
+    told += f", {first.images} of {N} images at a time" if first.images < N else ""
+    return told + (f", {len(launches)} convolutions" if len(launches) > 1 else "")
+
+
 def told(works: Iterable[Work], chosen: Iterable[Candidate], gpu: Gpu, measured: float | None) -> str:
     """The prediction, or the measurement, in a few words, for explain."""
     least = f"on {gpu.name}, where the floor is {sum(floor(work, gpu) for work in works) * 1e6:.3g} µs"

@@ -10,7 +10,6 @@ import numpy as np
 from gpuconv import dtypes
 from gpuconv.backends.numba_cuda import depthwise_kernel, depthwise_loads, depthwise_shape, launch, ptx, uploads
 from gpuconv.backends.numba_cuda.depthwise_shape import Block, Shape
-from gpuconv.backends.numba_cuda.implicit_gemm_run import from_image
 from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.problem import Conv2dProblem
 
@@ -38,16 +37,11 @@ def run(problem: Conv2dProblem, x: Flat, k: Flat, y: Flat, bias: Any, has_bias: 
         tiles = min(most, problem.N - image) * made.tiles(problem)
         grid = min(tiles, launch.MAX_GRID_X), made.threads, stream, made.shared_bytes
         function[*grid](
-            *_view(from_image(x, image)), *_view(k), bias, has_bias, problem.activation == "relu",
-            *_view(from_image(y, image)), *map(_narrow, sizes), fill,
+            *x.start(0, image).wide(), *k.wide(), bias, has_bias, problem.activation == "relu",
+            *y.start(0, image).wide(), *map(_narrow, sizes), fill,
             tables, *reads, *map(_narrow, numbers(problem, made, load, tiles)),
         )  # fmt: skip
     return tables
-
-
-def _view(flat: Flat) -> tuple[Any, ...]:
-    """The kernel arguments of an operand."""
-    return (flat.vector, *map(_wide, (flat.offset, *flat.strides)))
 
 
 def numbers(problem: Conv2dProblem, made: Block, load: str, tiles: int) -> tuple[int, ...]:
@@ -93,9 +87,9 @@ def load_of(problem: Conv2dProblem, made: Block, x: Flat) -> str:
     lanes = ptx.VECTOR_BYTES // dtypes.itemsize(problem.x_dtype)
     n, group, channel, row, column = x.strides
     if made.shape.side > 1:
-        whole = group == 1 and problem.groups % lanes == 0 and _aligned(problem.x_dtype, x, (n, channel, row, column))
+        whole = group == 1 and problem.groups % lanes == 0 and x.in_vectors(problem.x_dtype, (n, channel, row, column))
         return "across_groups_in_vectors" if whole else "across_groups"
-    whole = column == 1 and problem.W % lanes == 0 and _aligned(problem.x_dtype, x, (n, group, channel, row))
+    whole = column == 1 and problem.W % lanes == 0 and x.in_vectors(problem.x_dtype, (n, group, channel, row))
     near = made.shape.stride is not None and depthwise_shape.arithmetic(problem)
     return "along_columns" if whole and near else "by_element"
 
@@ -103,15 +97,8 @@ def load_of(problem: Conv2dProblem, made: Block, x: Flat) -> str:
 def in_vectors(problem: Conv2dProblem, made: Block, y: Flat) -> bool:
     """Whether the kernel writes y in vectors: rows are contiguous, and everything else is whole vectors."""
     lanes = ptx.VECTOR_BYTES // dtypes.itemsize(problem.y_dtype)
-    whole = y.strides[4] == 1 and problem.OW % lanes == 0 and _aligned(problem.y_dtype, y, y.strides[:4])
+    whole = y.strides[4] == 1 and problem.OW % lanes == 0 and y.in_vectors(problem.y_dtype, y.strides[:4])
     return whole and made.shape.side == 1 and made.shape.stride is not None
-
-
-def _aligned(dtype: str, flat: Flat, steps: tuple[int, ...]) -> bool:
-    """Whether the operand begins at a multiple of 16 bytes and these steps are such."""
-    itemsize = dtypes.itemsize(dtype)
-    places = (launch.address(flat.vector), *(step * itemsize for step in (flat.offset, *steps)))
-    return all(place % ptx.VECTOR_BYTES == 0 for place in places)
 
 
 def _reads(problem: Conv2dProblem, made: Block, like: Any, stream: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -136,16 +136,10 @@ def configurations(problem: Conv2dProblem, target: Target, most: int) -> list[tu
     What is summed together, and in which order, depends on the problem of one image alone: not on the workspace, nor
     on the number of images. The sum of a weight gradient goes over the batch.
     """
-    gpu = gpus.of(target)
-    gradient = problem.op == "weight_grad"
-    found = []
-    for part in direct.parts(problem):
-        work = _work(problem, part.problem)
-        counts = cost.divisions(work.slices, _least(problem, work), _SHORTEST // work.depth)
-        batches = (work.images,) if gradient else cost.BATCHES
-        found.append(cost.configurations(work, tiles.TILES[problem.sum_dtype], counts, gpu, batches, most))
-    # The r-th best of every launch together.
-    return [tuple(ways[min(rank, len(ways) - 1)] for ways in found) for rank in range(max(map(len, found), default=1))]
+    works = [_work(problem, part.problem) for part in direct.parts(problem)]
+    fewest = [_least(problem, work) for work in works]
+    batches = None if problem.op == "weight_grad" else cost.BATCHES
+    return cost.of_launches(works, fewest, tiles.TILES[problem.sum_dtype], _SHORTEST, batches, gpus.of(target), most)
 
 
 def _least(problem: Conv2dProblem, work: cost.Work) -> int:
@@ -212,11 +206,7 @@ def _told(launches: tuple[Launch, ...]) -> str:
         return "nothing to compute"
     first = launches[0]
     told = f"tile {first.tile}, slices {'of one tap' if first.by_tap else 'across taps'}"
-    told += f", sums in {first.parts} parts" if first.parts > 1 else ""
-    told += (
-        f", {first.images} of {first.part.problem.N} images at a time" if first.images < first.part.problem.N else ""
-    )
-    return told + (f", {len(launches)} convolutions" if len(launches) > 1 else "")
+    return cost.told_cut(told, launches)
 
 
 def pack_key(plan: Plan) -> Any:

@@ -214,15 +214,12 @@ def configurations(problem: Conv2dProblem, target: Target, most: int) -> list[tu
 
     How a sum is cut depends on the problem of one image alone; that of a weight gradient goes over the batch.
     """
-    gpu, gradient = gpus.of(target), problem.op == "weight_grad"
-    found = []
-    for part in _parts(problem):
-        work = _work(problem, part.problem)
-        counts = cost.divisions(work.slices, _least(problem, work), _SHORTEST // work.depth)
-        batches = (work.images,) if gradient else cost.BATCHES
-        found.append(cost.configurations(work, tensor_tile.tiles(work.way), counts, gpu, batches, most))
-    # The r-th best of every launch together.
-    return [tuple(ways[min(rank, len(ways) - 1)] for ways in found) for rank in range(max(map(len, found), default=1))]
+    works = [_work(problem, part.problem) for part in _parts(problem)]
+    fewest = [_least(problem, work) for work in works]
+    batches = None if problem.op == "weight_grad" else cost.BATCHES
+    return cost.of_launches(
+        works, fewest, tensor_tile.tiles(way(problem) or "tf32"), _SHORTEST, batches, gpus.of(target), most
+    )
 
 
 def _least(problem: Conv2dProblem, work: cost.Work) -> int:
@@ -274,11 +271,7 @@ def _told(launches: tuple[Launch, ...]) -> str:
     first = launches[0]
     told = f"tensor cores, {first.way}, tile {first.tile}, {first.depth} deep"
     told += f", {first.together.columns} columns of an image in a slice" if first.together is not None else ""
-    told += f", sums in {first.parts} parts" if first.parts > 1 else ""
-    told += (
-        f", {first.images} of {first.part.problem.N} images at a time" if first.images < first.part.problem.N else ""
-    )
-    return told + (f", {len(launches)} convolutions" if len(launches) > 1 else "")
+    return cost.told_cut(told, launches)
 
 
 def pack_key(plan: Plan) -> Any:

@@ -98,7 +98,7 @@ def steps(cut: Launch, x: Flat, k: Any, y: Flat, bias: Any, has_bias: bool, like
     # Both loops go round once where the scratch has room for all images and parts.
     for image in range(0, problem.N, cut.images):
         images = min(cut.images, problem.N - image)
-        of_x, of_y = implicit_gemm_run.from_image(x, image), implicit_gemm_run.from_image(y, image)
+        of_x, of_y = x.start(0, image), y.start(0, image)
         if not in_place:
             made += _turn(cut, of_x, copied, images)
             of_x = _turned(cut, copied)
@@ -119,13 +119,9 @@ def _in_place(cut: Launch, x: Flat) -> bool:
     """Whether channels already lie side by side, in whole aligned vectors."""
     if cut.together is not None:
         return False
-    itemsize = dtypes.itemsize(cut.part.problem.x_dtype)
+    problem = cut.part.problem
     n, group, channel, row, column = x.strides
-    steps = [launch.address(x.vector)]
-    steps += [
-        step * itemsize for step in (x.offset, n, group, cut.part.problem.C // cut.part.problem.groups, row, column)
-    ]
-    return channel == 1 and all(step % ptx.VECTOR_BYTES == 0 for step in steps)
+    return channel == 1 and x.in_vectors(problem.x_dtype, (n, group, problem.C // problem.groups, row, column))
 
 
 def _turn(cut: Launch, x: Flat, copied: Any, images: int) -> list[Step]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -54,7 +53,7 @@ def steps(cut: Launch, x: Flat, k: Any, y: Flat, bias: Any, has_bias: bool, like
     # Both loops go round once where the scratch has room for all images and parts.
     for image in range(0, problem.N, cut.images):
         images = min(cut.images, problem.N - image)
-        of_x, of_y = from_image(x, image), from_image(y, image)
+        of_x, of_y = x.start(0, image), y.start(0, image)
         for part in range(0, cut.parts, cut.parts_packed):
             parts = min(cut.parts_packed, cut.parts - part)
             if isinstance(k, Flat) and (image == 0 or parts < cut.parts):
@@ -79,11 +78,6 @@ def packed(cut: Launch, k: Flat, like: Any, stream: Any) -> Any:
     for step in _pack(cut, k, weights, 0, cut.parts):
         step.run(stream)
     return weights
-
-
-def from_image(flat: Flat, image: int) -> Flat:
-    """The operand without its first images."""
-    return Flat(flat.vector, flat.offset + image * flat.strides[0], flat.strides)
 
 
 def left_of(problem: Conv2dProblem, partial: Any, part: int, plane: int) -> Flat:
@@ -111,9 +105,10 @@ def gather_of(cut: Launch, x: Flat) -> str:
     """How the kernel reads x: in vectors where channels are contiguous, and everything else is whole vectors."""
     if not cut.by_tap:
         return "mixed"
-    channels = cut.part.problem.C // cut.part.problem.groups
-    others = replace(x, strides=(*x.strides[:2], channels, *x.strides[3:]))
-    return "along_channels" if x.strides[2] == 1 and _in_vectors(cut, others) else "across_pixels"
+    problem = cut.part.problem
+    others = (*x.strides[:2], problem.C // problem.groups, *x.strides[3:])
+    whole = x.strides[2] == 1 and x.in_vectors(problem.sum_dtype, others)
+    return "along_channels" if whole else "across_pixels"
 
 
 def scatter_of(cut: Launch, y: Flat) -> str:
@@ -122,18 +117,11 @@ def scatter_of(cut: Launch, y: Flat) -> str:
     n, group, o, row, column = y.strides
     plane, outputs = problem.OH * problem.OW, problem.O // problem.groups
     whole = plane % (ptx.VECTOR_BYTES // dtypes.itemsize(problem.sum_dtype)) == 0
-    if column == 1 and row == problem.OW and whole and _in_vectors(cut, replace(y, strides=(n, group, o))):
+    if column == 1 and row == problem.OW and whole and y.in_vectors(problem.sum_dtype, (n, group, o)):
         return "along_pixels"
-    if o == 1 and _in_vectors(cut, replace(y, strides=(n, group, outputs, row, column))):
+    if o == 1 and y.in_vectors(problem.sum_dtype, (n, group, outputs, row, column)):
         return "along_outputs"
     return "one_by_one"
-
-
-def _in_vectors(cut: Launch, flat: Flat) -> bool:
-    """Whether the operand begins at a multiple of 16 bytes and all its strides are."""
-    itemsize = dtypes.itemsize(cut.part.problem.sum_dtype)
-    steps = (launch.address(flat.vector), *(step * itemsize for step in (flat.offset, *flat.strides)))
-    return all(step % ptx.VECTOR_BYTES == 0 for step in steps)
 
 
 def _pack(cut: Launch, k: Flat, weights: Any, part: int, parts: int) -> list[Step]:

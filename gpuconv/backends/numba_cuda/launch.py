@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gpuconv import arrays
-from gpuconv.backends.numba_cuda import convert
+from gpuconv import arrays, dtypes
+from gpuconv.backends.numba_cuda import convert, ptx
 
 MAX_GRID_X = 2**31 - 1
 
@@ -67,9 +67,23 @@ class Flat:
             strides[axis] *= part.step
         return Flat(self.vector, offset, tuple(strides))
 
+    def start(self, axis: int, index: int) -> Flat:
+        """The operand from ``index`` of an axis on."""
+        return Flat(self.vector, self.offset + index * self.strides[axis], self.strides)
+
+    def in_vectors(self, dtype: str, steps: Iterable[int]) -> bool:
+        """Whether an operand of ``dtype`` begins at a multiple of 16 bytes, and such steps are multiples of them."""
+        itemsize = dtypes.itemsize(dtype)
+        places = (address(self.vector), *(itemsize * step for step in (self.offset, *steps)))
+        return all(place % ptx.VECTOR_BYTES == 0 for place in places)
+
     def arguments(self) -> tuple[Any, ...]:
         """The kernel arguments of this operand."""
         return (self.vector, self.offset, *self.strides)
+
+    def wide(self) -> tuple[Any, ...]:
+        """The same where the kernel has 32-bit numbers too: beside these Python's own are 32-bit in the simulator."""
+        return (self.vector, *map(np.int64, (self.offset, *self.strides)))
 
 
 def resident(array: Any) -> bool:

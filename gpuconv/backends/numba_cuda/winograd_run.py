@@ -50,10 +50,10 @@ def steps(cut: Launch, x: Flat, k: Any, y: Flat, bias: Any, has_bias: bool, like
     V, M = (launch.scratch(like, _float, size) for size in (cut.image_size, cut.parts * cut.part_size))
     reads = _reads(cut.problem, like, stream)
     for block, group, output in cut.blocks():
-        of_x, of_y = _from(x, 1, group), _from(_from(y, 1, group), 2, output)
+        of_x, of_y = x.start(1, group), y.start(1, group).start(2, output)
         of_bias = bias[group * cut.problem.O // cut.problem.groups + output :] if has_bias and not cut.whole else bias
         if isinstance(k, Flat):
-            made.append(_weights(block, _from(_from(k, 0, group), 1, output), U))
+            made.append(_weights(block, k.start(0, group).start(1, output), U))
         for first in range(0, cut.tiles, cut.chunk):
             count = min(cut.chunk, cut.tiles - first)
             if output == 0 or cut.chunk < cut.tiles:  # else it is there
@@ -72,11 +72,6 @@ def transformed(cut: Launch, k: Flat, like: Any, stream: Any) -> Any:
     return U
 
 
-def _from(flat: Flat, axis: int, index: int) -> Flat:
-    """The operand from ``index`` of an axis on."""
-    return Flat(flat.vector, flat.offset + index * flat.strides[axis], flat.strides)
-
-
 def _blocks(cut: Launch, across: int, channels: int) -> int:
     """Blocks of a kernel that transforms, so many tiles or weights of so many channels."""
     return -(-across // winograd_kernels.SIDE) * -(-channels // winograd_kernels.CHANNELS) * cut.groups
@@ -84,7 +79,7 @@ def _blocks(cut: Launch, across: int, channels: int) -> int:
 
 def _weights(cut: Launch, k: Flat, U: Any) -> Step:
     sizes = cut.pitch, cut.inputs, cut.outputs, cut.groups
-    arguments = (*_view(k), U, *map(_wide, sizes))
+    arguments = (*k.wide(), U, *map(_wide, sizes))
     return Step(weights_kernel(), _blocks(cut, cut.outputs, cut.inputs), winograd_kernels.threads(), arguments)
 
 
@@ -92,7 +87,7 @@ def _image(cut: Launch, x: Flat, V: Any, first: int, count: int, reads: tuple[An
     problem = cut.problem
     reader = "inside" if depthwise_shape.arithmetic(problem) else "tabled"
     sizes = first, count, cut.inputs, cut.groups, problem.H, problem.W, problem.OH, problem.OW
-    arguments = (*_view(x), V, _wide(cut.chunk), *map(_narrow, sizes), *reads, _float.type(problem.fill))
+    arguments = (*x.wide(), V, _wide(cut.chunk), *map(_narrow, sizes), *reads, _float.type(problem.fill))
     function = image_kernel(reader, _channels_last(x))
     return Step(function, _blocks(cut, count, cut.inputs), winograd_kernels.threads(), arguments)
 
@@ -111,15 +106,10 @@ def _result(cut: Launch, M: Any, y: Flat, bias: Any, has_bias: bool, first: int,
     function = result_kernel(last, not last and in_vectors(problem, y))
     arguments = (
         M, _wide(cut.chunk), _narrow(cut.parts), _wide(cut.part_size), _narrow(first), _narrow(count),
-        bias, has_bias, problem.activation == "relu", *_view(y),
+        bias, has_bias, problem.activation == "relu", *y.wide(),
         *map(_narrow, (cut.outputs, cut.groups, problem.OH, problem.OW)),
     )  # fmt: skip
     return Step(function, _blocks(cut, count, cut.outputs), winograd_kernels.threads(), arguments)
-
-
-def _view(flat: Flat) -> tuple[Any, ...]:
-    """The kernel arguments of an operand."""
-    return (flat.vector, *map(_wide, (flat.offset, *flat.strides)))
 
 
 def _channels_last(flat: Flat) -> bool:
@@ -129,8 +119,7 @@ def _channels_last(flat: Flat) -> bool:
 
 def in_vectors(problem: Conv2dProblem, y: Flat) -> bool:
     """Whether rows of tiles may be written 16 bytes at a time: rows are contiguous, and all else is whole vectors."""
-    steps = (launch.address(y.vector), *(4 * step for step in (y.offset, *y.strides[:4])))
-    return y.strides[4] == 1 and problem.OW % TILE == 0 and all(step % 16 == 0 for step in steps)
+    return y.strides[4] == 1 and problem.OW % TILE == 0 and y.in_vectors("float32", y.strides[:4])
 
 
 def _reads(problem: Conv2dProblem, like: Any, stream: Any) -> tuple[Any, ...]:
