@@ -23,6 +23,7 @@ Array = Any  # numpy.ndarray or cupy.ndarray; CuPy has no stubs
 
 _HOST_DLPACK = (1, 3)  # kDLCPU, kDLCUDAHost
 _CUDA_DLPACK = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_NOT_HOST_MEMORY = ("__cuda_array_interface__", "__dask_graph__")  # what classes have whose arrays may live elsewhere
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,35 @@ def operand(call: str, name: str, value: Any) -> Operand:
         return _from_dlpack(call, name, value)
     if hasattr(value, "__cuda_array_interface__"):
         return _from_interface(call, name, value)
+    if isinstance(value, (list, tuple)):
+        _check_items(call, name, value, set())
     numbers = isinstance(value, (list, tuple, range)) or np.isscalar(value)
     if not (numbers or hasattr(value, "__array__") or hasattr(value, "__array_interface__")):
         try:
             value = memoryview(value)
         except TypeError:
-            raise TypeError(f"{call}: {name} must be an array of numbers; got {type(value).__name__}") from None
+            hint = f"; {name}.toarray() makes one of it" if hasattr(value, "toarray") else ""
+            raise TypeError(f"{call}: {name} must be an array of numbers; got {type(value).__name__}{hint}") from None
     try:
         array = np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{call}: {name} cannot become an array: {error}") from None
     return _host(call, name, array)
+
+
+def _check_items(call: str, name: str, items: Any, seen: set[int]) -> None:
+    """Refuse in a list, at any depth, the arrays that are refused outside of one, and those on a GPU: NumPy would drop
+    a mask and compute what is lazy.
+    """
+    seen.add(id(items))  # a list may be in it many times, or even in itself
+    for kind in set(map(type, items)):
+        nested = issubclass(kind, (list, tuple))
+        named = issubclass(kind, np.ma.MaskedArray) or any(hasattr(kind, protocol) for protocol in _NOT_HOST_MEMORY)
+        for position, item in enumerate(items) if nested or named else ():
+            if type(item) is kind and nested and id(item) not in seen:
+                _check_items(call, f"{name}[{position}]", item, seen)
+            elif type(item) is kind and named and operand(call, f"{name}[{position}]", item).device is not None:
+                raise TypeError(f"{call}: {name} is a list of arrays on a GPU; stack them to one array first")
 
 
 def _lazy(name: str, value: Any) -> str:
@@ -190,7 +209,10 @@ def _from_torch(call: str, name: str, tensor: Any) -> Operand:
     if brain:
         tensor = tensor.view(sys.modules["torch"].int16)
     if kind == "cpu":
-        array = tensor.numpy()
+        try:
+            array = tensor.numpy()
+        except RuntimeError as error:  # a tensor that has no memory of its own, as while PyTorch traces a function
+            raise TypeError(f"{call}: {name} cannot be read as an array: {error}") from error
         array = array.view(dtypes.numpy_dtype("bfloat16")) if brain else array
         return Operand(array, "torch", None, kind_of_number)
     cupy = _cupy(call, name)

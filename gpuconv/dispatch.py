@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from gpuconv import dtypes, preference
+from gpuconv import dtypes, geometry, preference
 from gpuconv.backends.protocol import Implementation, Plan, Target
 from gpuconv.errors import DeviceFallbackWarning, NoBackendError
 from gpuconv.problem import Conv2dProblem
@@ -175,8 +175,9 @@ def candidates(backend: str | None) -> tuple[str, ...] | None:
 def check_backend(call: str, backend: Any) -> None:
     """Refuse a ``backend`` that names neither a library nor an implementation."""
     if backend is not None and (not isinstance(backend, str) or candidates(backend) is None):
-        known = ", ".join((*dict.fromkeys(map(library_of, TABLE)), *TABLE))
-        raise ValueError(f"{call}: backend must be one of {known}; got {backend!r}")
+        known = (*dict.fromkeys(map(library_of, TABLE)), *TABLE)
+        hint = geometry.meant(backend, known)
+        raise ValueError(f"{call}: backend must be one of {', '.join(known)}; got {backend!r}{hint}")
 
 
 def check_agreement(call: str, kind: str | None, device: Any, backend: str | None) -> None:
@@ -237,13 +238,14 @@ def choose(call: str, problem: Conv2dProblem, target: Target, backend: str | Non
             ops = ", ".join(sorted({op for name in named for op in implementation(name).OPS}))
             raise NoBackendError(f"{call}: {backend} has no implementation of {problem.op}; it serves {ops}")
     rejected: list[tuple[str, tuple[str, ...]]] = []
-    shortage = ""  # the first error's text: the error itself would hold this frame, and the caller's arrays with it
+    # Of whoever needs least, the bytes and the text: the error itself would hold this frame, and the caller's arrays.
+    shortages: list[tuple[float, str]] = []
     for name in names:
         try:
             plan, found = attempt(name, problem, target, limit, backend)
         except MemoryError as error:
             found = [str(error)]
-            shortage = shortage or found[0]
+            shortages.append((getattr(error, "needed", math.inf), found[0]))
         else:
             if plan is not None:
                 if backend is not None and not rejected:
@@ -252,8 +254,8 @@ def choose(call: str, problem: Conv2dProblem, target: Target, backend: str | Non
                     why = rules.get(name, "the first that can run" if rejected else "first in the table that can run")
                 return Choice(name, plan, why, tuple(rejected))
         rejected.append((name, tuple(found)))
-    if shortage:
-        raise MemoryError(f"{call}: {shortage}")
+    if shortages:
+        raise MemoryError(f"{call}: {min(shortages, key=lambda shortage: shortage[0])[1]}")
     lines = [f"    {name}: {reason}" for name, found in rejected for reason in found]
     raise NoBackendError("\n".join([f"{call}: nothing can run {problem} on {target}", *lines]))
 
@@ -276,13 +278,20 @@ def gpu_missing() -> list[tuple[str, str]]:
     return list(found.values())
 
 
+_DEVICE = r"cpu|auto|cuda(:[0-9]{1,4})?"
+
+
 def parse_device(call: str, device: Any) -> tuple[str | None, int | None]:
     """``device`` as (None, "cpu", "cuda" or "auto"; ordinal)."""
     if device is None or (isinstance(device, str) and device in ("cpu", "cuda", "auto")):
         return device, None
     match = re.fullmatch(r"cuda:([0-9]{1,4})", device) if isinstance(device, str) else None
     if match is None:
-        raise ValueError(f"{call}: device must be None, 'cpu', 'cuda', 'cuda:<ordinal>' or 'auto'; got {device!r}")
+        text = f"cuda:{device}" if type(device) is int else str(device).lower().replace("gpu", "cuda")
+        # A number, another case, or a device of PyTorch's.
+        hint = f"; did you mean {text!r}?" if re.fullmatch(_DEVICE, text) else ""
+        known = "None, 'cpu', 'cuda', 'cuda:<ordinal>' or 'auto'"
+        raise ValueError(f"{call}: device must be {known}; got {device!r}{hint}")
     return "cuda", int(match[1])
 
 

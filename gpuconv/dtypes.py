@@ -94,6 +94,8 @@ def name_of(call: str, subject: str, dtype: Any) -> str:
     if name not in CODES:
         hint = "; convert it to float64" if name in ("longdouble", "float128", "float96") else ""
         hint = "; values below 2**63 fit int64" if name == "uint64" else hint
+        if name == "object" and subject.endswith("has dtype"):
+            hint = "; make numbers of it first, with astype(float) perhaps"
         raise TypeError(f"{call}: {subject} {name}, which is not one of {', '.join(CODES)}{hint}")
     return name
 

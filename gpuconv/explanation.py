@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import arrays, dispatch, dtypes, request, transpose
+from gpuconv import arrays, dispatch, dtypes, geometry, request, transpose
 from gpuconv.backends.protocol import Plan, Target
 from gpuconv.errors import NoBackendError
 from gpuconv.problem import Conv2dProblem, check_choice
@@ -65,7 +65,7 @@ class Explanation:
         Every implementation, best first: its ``name``, its ``device``, whether it is ``chosen``, and the ``reasons``
         why it does not run (of the chosen one, why it does).
     note : str or None
-        A fallback to the CPU, why nothing can run, or how host arrays reach the GPU.
+        A fallback to the CPU, why nothing can run, how host arrays reach the GPU, or what a dask array's blocks are.
     """
 
     problem: Conv2dProblem
@@ -73,7 +73,6 @@ class Explanation:
     implementation: str | None
     plan: Plan | None
     table: tuple[Verdict, ...]
-    # a fallback to the CPU, why nothing can run, how host arrays reach the GPU, what the blocks of a dask array are
     note: str | None = None
 
     @property
@@ -405,15 +404,9 @@ _FOREIGN = {
     "forward": ("output_padding",),
     "transpose": ("padding_mode", "padding_value", "flip", "kernel_layout", "x_zero_point", "k_zero_point"),
     "input_grad": (
-        "output_padding",
-        "bias",
-        "activation",
-        "padding_mode",
-        "padding_value",
-        "x_zero_point",
-        "k_zero_point",
+        "output_padding", "bias", "activation", "padding_mode", "padding_value", "x_zero_point", "k_zero_point",
     ),
-}
+}  # fmt: skip
 _FOREIGN["weight_grad"] = _FOREIGN["input_grad"]
 
 
@@ -460,6 +453,9 @@ def _described(
         operand = blocked.stand_in(call, name, value)
         return operand.shape, operand.dtype, arrays.operand(call, name, value._meta).device
     operand = arrays.operand(call, name, value)
+    if isinstance(value, (list, tuple)) and len(operand.shape) == 1:
+        said = geometry.said(value)
+        raise ValueError(f"{call}: {name}={said} is data of one axis; a shape is a tuple of integers")
     return operand.shape, operand.dtype, operand.device
 
 

@@ -25,10 +25,18 @@ STEP_LIMIT = 2**31
 PADDING_NAMES = ("valid", "same", "same_upper", "same_lower", "full")
 PADDING_MODES = ("constant", "reflect", "symmetric", "edge", "wrap")
 PADDING_MODE_ALIASES = {"zeros": "constant", "replicate": "edge", "circular": "wrap"}
+_MODE_NAMES = (*PADDING_MODES, *PADDING_MODE_ALIASES)
+# SciPy's names for the same (its own "reflect" is NumPy's "symmetric").
+_OTHER_MODES = {"mirror": "reflect", "nearest": "edge", "grid-mirror": "symmetric", "grid-wrap": "wrap"}
 
 
-def as_integer(call: str, name: str, value: Any, minimum: int, limit: int | None = STEP_LIMIT) -> int:
-    """``value`` as an int in [minimum, limit), refusing floats (1.0) and booleans (True)."""
+def as_integer(
+    call: str, name: str, value: Any, minimum: int, limit: int | None = STEP_LIMIT, forms: str = "an integer"
+) -> int:
+    """``value`` as an int in [minimum, limit), refusing floats (1.0) and booleans (True).
+
+    ``forms`` is what an error says that it must be.
+    """
     try:
         # Any library's booleans count as such: a tensor of one True has an index too.
         if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
@@ -36,7 +44,7 @@ def as_integer(call: str, name: str, value: Any, minimum: int, limit: int | None
         result = operator.index(value)
     except TypeError:
         got = f"{said(value)} of type {type(value).__name__}"
-        raise TypeError(f"{call}: {name} must be an integer; got {got}") from None
+        raise TypeError(f"{call}: {name} must be {forms}; got {got}") from None
     if result < minimum:
         raise ValueError(f"{call}: {name} must be at least {minimum}; got {shown(result)}")
     if limit is not None and result >= limit:
@@ -58,6 +66,17 @@ def said(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
+def meant(value: Any, known: Iterable[Any]) -> str:
+    """The end of a message about ``value``: which of the ``known`` names it may be a slip for, if one is near."""
+    if not isinstance(value, str) or len(value) > 40:
+        return ""
+    import difflib  # for errors alone
+
+    names = {name.lower(): name for name in known if isinstance(name, str)}
+    near = difflib.get_close_matches(value.lower(), names, 1, 0.8)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""
+
+
 def is_sequence(value: Any) -> bool:
     """Whether ``value`` is a list, tuple or array of one axis or more, and no text."""
     if isinstance(value, np.ndarray):
@@ -67,11 +86,12 @@ def is_sequence(value: Any) -> bool:
 
 def as_pair(call: str, name: str, value: Any, minimum: int, form: str = "(rows, columns)") -> Pair:
     """``value``, an integer or a pair of the given ``form``, as a pair."""
+    forms = f"an integer or a pair {form}"
     if not is_sequence(value):
-        integer = as_integer(call, name, value, minimum)
+        integer = as_integer(call, name, value, minimum, forms=forms)
         return integer, integer
     if len(value) != 2:
-        raise ValueError(f"{call}: {name} must be an integer or a pair {form}; got {said(value)}")
+        raise ValueError(f"{call}: {name} must be {forms}; got {said(value)}")
     first, second = (as_integer(call, f"{name}[{axis}]", item, minimum) for axis, item in enumerate(value))
     return first, second
 
@@ -111,7 +131,8 @@ def _check_padding_name(call: str, name: Any, forms: str) -> None:
     if name not in PADDING_NAMES:
         known = ", ".join(repr(known) for known in PADDING_NAMES)
         kind = ValueError if isinstance(name, str) else TypeError
-        raise kind(f"{call}: padding must be one of {known}, an integer, {forms}; got {name!r}")
+        hint = f"; did you mean padding_mode={name!r}?" if name in _MODE_NAMES else meant(name, PADDING_NAMES)
+        raise kind(f"{call}: padding must be one of {known}, an integer, {forms}; got {name!r}{hint}")
 
 
 def resolve_padding(
@@ -125,7 +146,8 @@ def resolve_padding(
         named = [_named_padding(padding, *axis) for axis in zip(sizes, kernel, stride, dilation, strict=True)]
         return named[0], named[1]
     if not is_sequence(padding):
-        both = as_integer(call, "padding", padding, minimum)
+        forms = "an integer, (rows, columns), ((top, bottom), (left, right)) or a name"
+        both = as_integer(call, "padding", padding, minimum, forms=forms)
         return (both, both), (both, both)
     if len(padding) == 4 and all(map(is_sequence, padding)):
         raise ValueError(
@@ -160,8 +182,9 @@ def as_padding_mode(call: str, padding_mode: Any) -> str:
     """``padding_mode`` by NumPy's name for it."""
     mode = PADDING_MODE_ALIASES.get(padding_mode, padding_mode) if isinstance(padding_mode, str) else None
     if mode not in PADDING_MODES:
-        known = ", ".join((*PADDING_MODES, *PADDING_MODE_ALIASES))
-        raise ValueError(f"{call}: padding_mode must be one of {known}; got {padding_mode!r}")
+        other = _OTHER_MODES.get(padding_mode) if isinstance(padding_mode, str) else None
+        hint = f"; that is {other!r} here" if other else meant(padding_mode, _MODE_NAMES)
+        raise ValueError(f"{call}: padding_mode must be one of {', '.join(_MODE_NAMES)}; got {padding_mode!r}{hint}")
     return mode
 
 
@@ -217,15 +240,20 @@ def output_size(n: int, k: int, padding: int | Pair | str = 0, stride: int = 1, 
 
 
 def require_fit(
-    call: str, sizes: Iterable[int], kernel: Iterable[int], pads: Iterable[Pair], dilation: Iterable[int]
-) -> None:
-    """Raise ValueError, quoting both sizes, unless the dilated kernel fits in the padded input on every axis."""
+    call: str, sizes: Sequence[int], kernel: Sequence[int], pads: Iterable[Pair], dilation: Iterable[int],
+    order: tuple[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Raise ValueError, quoting both sizes, unless the dilated kernel fits in the padded input on every axis. Where the
+    two may have changed places, the error says in which ``order`` the call takes them.
+    """
     padded = tuple(n + sum(pad) for n, pad in zip(sizes, pads, strict=True))
     windows = tuple(window(k, d) for k, d in zip(kernel, dilation, strict=True))
     if any(w > n for w, n in zip(windows, padded, strict=True)):
+        exchanged = order and all(k > n for k, n in zip(kernel, sizes, strict=True))
+        hint = f"; or exchange the two: {order[0]} comes before {order[1]}" if order and exchanged else ""
         raise ValueError(
             f"{call}: the dilated kernel ({_by(windows)}) is larger than the padded input ({_by(padded)}); "
-            "pad the input, or use a smaller kernel or dilation"
+            f"pad the input, or use a smaller kernel or dilation{hint}"
         )
 
 
@@ -310,6 +338,8 @@ def parameter_count(
     288
     """
     call = "parameter_count"
+    if not isinstance(bias, (bool, np.bool_)):
+        raise TypeError(f"{call}: bias must be True or False; got {said(bias)}")
     out_channels = as_integer(call, "out_channels", out_channels, 1, None)
     in_channels = as_integer(call, "in_channels", in_channels, 0, None)
     groups = as_integer(call, "groups", groups, 1, None)

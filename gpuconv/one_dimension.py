@@ -104,7 +104,7 @@ def conv1d(
     strides = 1, _as_one(call, "stride", stride)
     dilations = 1, _as_one(call, "dilation", dilation)
     pads = _padding(call, padding, L, K, strides[1], dilations[1])
-    geometry.require_fit(call, (L,), (K,), (pads,), (dilations[1],))
+    geometry.require_fit(call, (L,), (K,), (pads,), (dilations[1],), ("x", "k"))
     mode = geometry.PADDING_MODE_ALIASES.get(padding_mode, padding_mode) if isinstance(padding_mode, str) else ""
     if mode in geometry.PADDING_MODES[1:] and L == 0 and any(pads):
         raise ValueError(

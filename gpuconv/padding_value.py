@@ -53,6 +53,15 @@ def checked(call: str, value: Any, x_dtype: str) -> complex:
     return int(real) if real.is_integer() and abs(real) < 2**53 else real
 
 
+def check_meaning(call: str, given: Any, value: complex, padding_mode: Any) -> None:
+    """Refuse a constant, ``value`` as it was ``given``, with a mode that has none."""
+    if value != 0 and (geometry.as_padding_mode(call, padding_mode) != "constant" or padding_mode == "zeros"):
+        raise ValueError(
+            f"{call}: padding_value={given!r} has no meaning with padding_mode={padding_mode!r}; "
+            "leave it at 0 or use padding_mode='constant'"
+        )
+
+
 def _shown(value: Any) -> str:
     return geometry.shown(value) if isinstance(value, int) else repr(value)
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import arrays, dtypes, geometry, notation, quick, request
+from gpuconv import arrays, dtypes, geometry, notation, padding_value, quick, request
 from gpuconv.arrays import Operand
 from gpuconv.dispatch import Choice
 from gpuconv.geometry import Pads, Pair
-from gpuconv.problem import Conv2dProblem
+from gpuconv.problem import Conv2dProblem, as_zero_point
 
 _PROBLEMS = 64  # input sizes that one Conv2d remembers
 _SHOWN = 11  # rows and columns of a kernel that a notebook shows
@@ -90,8 +90,8 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
         self._options: dict[str, Any] = {
             "stride": _frozen(stride), "padding": _frozen(padding), "dilation": _frozen(dilation), "groups": groups,
             "padding_mode": padding_mode, "padding_value": _frozen(padding_value), "flip": flip, "layout": layout,
-            "kernel_layout": kernel_layout, "activation": activation, "x_zero_point": _frozen(x_zero_point),
-            "dtype": dtype, "precision": precision,
+            "kernel_layout": kernel_layout, "activation": activation, "dtype": dtype, "precision": precision,
+            "x_zero_point": as_zero_point(call, "x_zero_point", x_zero_point, None),
         }  # fmt: skip
         self._where: dict[str, Any] = {"device": device, "backend": backend, "workspace_limit": workspace_limit}
         request.workspace(call, workspace_limit)
@@ -228,6 +228,9 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
     def _check(self, call: str) -> str:
         """Refuse what no image can make valid; the problem line with the sizes of x left open."""
         options = self._options | {"x_zero_point": 0, "padding_value": 0}
+        # An image of complex128 has any number as its padding; whether others do is checked with the image.
+        value = padding_value.checked(call, self._options["padding_value"], "complex128")
+        padding_value.check_meaning(call, self._options["padding_value"], value, options["padding_mode"])
         kernel = self._kernel
         groups = geometry.as_integer(call, "groups", options["groups"], 1, 2**63)
         _, I, rows, columns = request.kernel_shape(call, kernel.shape, options["kernel_layout"])

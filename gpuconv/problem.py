@@ -18,7 +18,7 @@ import numpy as np
 
 from gpuconv import dtypes, geometry, layouts
 from gpuconv.geometry import Pads, Pair
-from gpuconv.padding_value import checked
+from gpuconv.padding_value import check_meaning, checked
 
 ACTIVATIONS = (None, "relu")
 PRECISIONS = ("highest", "high", "medium")
@@ -409,14 +409,11 @@ x_zero_point
         pads = geometry.resolve_padding(call, padding, (H, W), (KH, KW), strides, dilations, least_padding)
         if any(pad >= geometry.STEP_LIMIT for axis in pads for pad in axis):
             raise ValueError(f"{call}: padding must be below {geometry.STEP_LIMIT}; padding={padding!r} gives {pads}")
-        geometry.require_fit(call, (H, W), (KH, KW), pads, dilations)
+        order = names if names == ("x", "k") else None
+        geometry.require_fit(call, (H, W), (KH, KW), pads, dilations, order)
         mode = geometry.as_padding_mode(call, padding_mode)
         value = checked(call, padding_value, x_dtype)
-        if value != 0 and (mode != "constant" or padding_mode == "zeros"):
-            raise ValueError(
-                f"{call}: padding_value={padding_value!r} has no meaning with padding_mode={padding_mode!r}; "
-                "leave it at 0 or use padding_mode='constant'"
-            )
+        check_meaning(call, padding_value, value, padding_mode)
         geometry.require_source(call, mode, x_shape, (H, W), pads)
         if pads == NO_PADS:  # one name for one problem
             mode, value = "constant", 0
@@ -424,7 +421,7 @@ x_zero_point
         y_dtype = x_dtype if op == "unfold" else dtypes.result_dtype(call, x_dtype, k_dtype, dtype)
         if activation is not None and dtypes.is_complex(y_dtype):
             raise ValueError(f"{call}: activation={activation!r} is not defined for complex results ({y_dtype})")
-        zero_point = _zero_point(call, "x_zero_point", x_zero_point, x_dtype)
+        zero_point = as_zero_point(call, "x_zero_point", x_zero_point, x_dtype)
         if k_zero_point:
             check_zero_point(call, "k_zero_point", 0, 1, k_dtype)
         if (zero_point or k_zero_point) and value != 0:
@@ -490,14 +487,16 @@ x_zero_point
 def check_choice(call: str, name: str, value: Any, accepted: tuple[str | None, ...]) -> None:
     """Refuse a ``value`` that is none of ``accepted``."""
     if not (value is None or isinstance(value, str)) or value not in accepted:
-        raise ValueError(f"{call}: {name} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
+        known = ", ".join(map(repr, accepted))
+        raise ValueError(f"{call}: {name} must be one of {known}; got {value!r}{geometry.meant(value, accepted)}")
 
 
-def _zero_point(call: str, name: str, value: Any, dtype: str) -> int:
+def as_zero_point(call: str, name: str, value: Any, dtype: str | None) -> int:
+    """``value`` as a zero point of ``dtype``, or for None, of an 8-bit type that holds it."""
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.reshape(())[()]
     integer = geometry.as_integer(call, name, value, -(2**62), 2**62)
-    check_zero_point(call, name, integer, integer, dtype)
+    check_zero_point(call, name, integer, integer, dtype or ("int8" if integer < 0 else "uint8"))
     return integer
 
 

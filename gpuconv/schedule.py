@@ -30,9 +30,17 @@ def fit(extents: Sequence[int], scratch: Callable[..., int], limit: int, what: s
     return tuple(shares)
 
 
-def shortage(what: str, needed: int, limit: int) -> MemoryError:
+class Shortage(MemoryError):
+    """Too little scratch; ``needed`` bytes would do."""
+
+    needed: int
+
+
+def shortage(what: str, needed: int, limit: int) -> Shortage:
     """The error of a problem that ``limit`` bytes are too few for."""
-    return MemoryError(f"{what} needs at least {needed} bytes of scratch and workspace_limit is {limit}; raise it")
+    error = Shortage(f"{what} needs at least {needed} bytes of scratch and workspace_limit is {limit}; raise it")
+    error.needed = needed
+    return error
 
 
 def halved(extent: int, fits: Callable[[int], bool], at_least: int = 1) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuconv import dtypes, geometry, notation
+from gpuconv import arrays, dtypes, geometry, notation
 from gpuconv.geometry import Pads, Pair
 
 Array = npt.NDArray[Any]
@@ -348,7 +348,7 @@ def trace(
     if 0 in kernel:
         raise ValueError(f"{_CALL}: k must have at least one element; got shape {kernel}")
     pads = geometry.resolve_padding(_CALL, padding, sizes, kernel, strides, dilations)
-    geometry.require_fit(_CALL, sizes, kernel, pads, dilations)
+    geometry.require_fit(_CALL, sizes, kernel, pads, dilations, ("x", "k"))
     geometry.require_source(_CALL, mode, x_array.shape, sizes, pads)
     axes = list(zip(sizes, kernel, pads, strides, dilations, strict=True))
     shape = tuple(geometry.output_extent(*axis) for axis in axes)
@@ -377,15 +377,13 @@ def trace(
 
 def _operand(name: str, value: Any, forms: dict[int, str]) -> Array:
     shapes = ", or ".join(forms.values())
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{_CALL}: {name} is a masked array, whose mask would be ignored; fill it first")
     if not isinstance(value, np.ndarray) and hasattr(value, "__cuda_array_interface__"):
         raise TypeError(f"{_CALL}: {name} is in GPU memory ({type(value).__name__}); copy it to the host first")
     try:
-        array = np.asarray(value)
+        array: Array = arrays.operand(_CALL, name, value).array
     except ValueError as error:
-        raise ValueError(f"{_CALL}: {name} must be an array or nested lists with {shapes}; {error}") from None
-    dtypes.name_of(_CALL, f"{name} has dtype", array.dtype)
+        said = str(error).removeprefix(f"{_CALL}: ")
+        raise ValueError(f"{_CALL}: {name} must be an array or nested lists with {shapes}; {said}") from None
     if array.ndim not in forms:
         raise ValueError(f"{_CALL}: {name} must have {shapes}; got shape {array.shape}")
     return array

@@ -49,6 +49,10 @@ class TestExplainAndInfo:
         assert_ran(result)
         assert result.stdout == f"{gpuconv.explain((8, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3)}\n"
 
+    def test_shapes_without_their_options(self):
+        result = run("explain", "9,9", "3,3")
+        assert_refused(result.exit_code, result.stderr, "--x", "--k")
+
     def test_every_option(self):
         result = run(
             *("explain", "--x", "2,9,9,4", "--k", "3,3,2,6", "--groups", "2", "--bias", "--flip"),

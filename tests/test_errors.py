@@ -134,6 +134,7 @@ bad("groups do not divide C", V, "groups", "groups=4", "6 channels", groups=4)
 bad("groups do not divide O", V, "groups", "groups=3", "10 channels", k=view((10, 2, 3, 3)), groups=3)
 bad("kernel larger than x", V, "kernel (5×4097)", "(4096×4096)", k=view((12, 6, 5, 4097)))
 bad("phantom output", V, "kernel (5×5)", "(4×4)", x=view((8, 6, 4, 4)), dilation=2, stride=2)
+bad("x and k exchanged", V, "larger", "x comes before k", x=view((3, 3)), k=view((9, 9)))
 bad("x without pixels", V, "(1×1)", "(0×0)", x=view((8, 6, 0, 0)), k=view((12, 6, 1, 1)))
 
 # what is no array of numbers
@@ -147,6 +148,9 @@ for who in ("x", "k", "bias"):
     bad(f"ragged {who}", V, who, "cannot become an array", **{who: [[1], [2, 3]]})
     bad(f"masked {who}", T, who, "masked", "filled", **{who: np.ma.zeros((12,) if who == "bias" else (6, 6))})
     bad(f"lazy {who}", T, who, "dask", "compute()", **{who: Lazy()})
+    bad(f"lazy item of {who}", T, f"{who}[1]", "dask", "compute()", **{who: [1, Lazy()]})
+    bad(f"masked item of {who}", T, f"{who}[0]", "masked", **{who: [np.ma.zeros(3), [1, 2, 3]]})
+    bad(f"masked element of {who}", T, f"{who}[1][0]", "masked", **{who: [[1], (np.ma.masked,)]})
     for dtype in ("O", "U3", "S3", "M8[s]", "m8[s]", "f4,f4", "g", "G", "u8"):
         array = np.zeros(12 if who == "bias" else (9, 9), dtype)
         bad(f"{who} of dtype {dtype}", T, who, array.dtype.name, "one of", **{who: array})
@@ -224,6 +228,17 @@ bad("complex relu", V, "activation", "'relu'", "complex64", activation="relu", *
 bad("relu of a complex dtype", V, "activation", "complex64", activation="relu", dtype=np.complex64)
 bad("reflect of nothing", V, "padding_mode", "'reflect'", "empty", x=view((8, 6, 0, 9)), padding=2,
     padding_mode="reflect")  # fmt: skip
+
+# slips
+for name, value, wanted in (
+    ("padding", "SAME", "did you mean 'same'?"), ("padding", "reflect", "did you mean padding_mode='reflect'?"),
+    ("padding_mode", "mirror", "that is 'reflect' here"), ("padding_mode", "Wrap", "did you mean 'wrap'?"),
+    ("layout", "NHW", "did you mean 'NHWC'?"), ("kernel_layout", "oihw", "did you mean 'OIHW'?"),
+    ("activation", "ReLU", "did you mean 'relu'?"), ("precision", "hihgest", "did you mean 'highest'?"),
+    ("device", "gpu:1", "did you mean 'cuda:1'?"), ("device", 1, "did you mean 'cuda:1'?"),
+    ("backend", "numpy.gem", "did you mean 'numpy.gemm'?"),
+):  # fmt: skip
+    bad(f"a slip: {name}={value!r}", V, name, wanted, **{name: value})
 
 # padding_value
 for value in ("0", None, b"0", [0], [0, [1]], np.zeros(1), object(), np.datetime64(0, "s")):
@@ -416,6 +431,22 @@ def test_foreign_byte_order_is_converted_after_the_checks(who):
 def test_a_result_larger_than_the_address_space_is_a_memory_error():
     with pytest.raises(MemoryError, match=r"conv2d: .*\d{10,} bytes"):
         conv2d([[1.0]], [[1.0]], padding=2**31 - 1, workspace_limit=2**70)
+
+
+def test_the_least_that_would_do_is_named():
+    """Not what the implementation that comes first would need."""
+    with pytest.raises(MemoryError, match=r"least \d+ bytes") as raised:
+        conv2d(np.ones((1, 64, 56, 56), np.float32), np.ones((64, 64, 3, 3), np.float32), workspace_limit=0)
+    line, least = "n1c64h56w56_o64kh3kw3_f32", int(re.search(r"least (\d+)", str(raised.value))[1])
+    assert explain(line, workspace_limit=least).implementation is not None
+    assert explain(line, workspace_limit=least - 1).implementation is None
+    assert f"least {least} bytes" not in explain(line, workspace_limit=0).table[0].reasons[0], "the first needs more"
+
+
+@pytest.mark.parametrize("shape", [[9, 9], (9, 9.0), (True, 9)])
+def test_what_looks_like_a_shape_and_is_data(shape):
+    with pytest.raises(ValueError, match=r"explain: x=.* a shape is a tuple of integers"):
+        explain(shape, (3, 3))
 
 
 def test_what_explain_reports_instead_of_raising():

@@ -394,6 +394,19 @@ def test_parameter_count_refuses(argument, value):
     )
 
 
+@pytest.mark.parametrize("value", ["no", 1, None, np.ones(3)], ids=repr)
+def test_parameter_count_takes_no_other_truth(value):
+    refused(lambda: geometry.parameter_count(4, 4, 3, bias=value), TypeError, "parameter_count: bias", "True or False")
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [("nhwc", "; did you mean 'NHWC'?"), ("NHW", "; did you mean 'NHWC'?"), ("CHWN", ""), ("gelu", ""), (3, "")],
+)
+def test_a_slip_is_pointed_out(value, hint):
+    assert geometry.meant(value, ("NCHW", "NHWC", None, "relu")) == hint
+
+
 def test_require_fit_quotes_both_sizes():
     refused(
         lambda: geometry.require_fit("test", (5, 6), (3, 3), ((0, 1), (2, 2)), (3, 5)),

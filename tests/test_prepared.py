@@ -295,6 +295,12 @@ REFUSED = [
     (ValueError, "backend", {"backend": "gpu"}),
     (ValueError, "device", {"device": "gpu"}),
     (ValueError, "workspace_limit", {"workspace_limit": -1}),
+    (TypeError, "padding_value", {"padding_value": "0"}),
+    (ValueError, "padding_value", {"padding_value": 10**400}),
+    (ValueError, "padding_value", {"padding_value": 1, "padding_mode": "reflect"}),
+    (TypeError, "x_zero_point", {"x_zero_point": 1.0}),
+    (ValueError, "255; got 300", {"x_zero_point": 300}),
+    (ValueError, "-128 to 127; got -129", {"x_zero_point": -129}),
 ]
 
 
@@ -308,6 +314,17 @@ def test_bad_arguments_are_refused_when_prepared(error, says, arguments):
         Conv2d(**options)
     assert str(raised.value).startswith("Conv2d: "), str(raised.value)
     assert says in str(raised.value), str(raised.value)
+
+
+def test_what_one_image_refuses_and_another_takes_is_left_to_the_call():
+    """A padding that float64 holds and float32 does not, and a zero point of uint8 that int8 has not."""
+    k = np.ones((1, 1), np.float32)
+    bright, quantised = Conv2d(k, padding=1, padding_value=1e40), Conv2d(k, x_zero_point=np.array([200]))
+    assert bright(np.zeros((1, 1)))[0, 0] == 1e40
+    assert quantised(np.full((1, 1), 201, np.uint8)) == 1
+    for layer, x in ((bright, np.zeros((1, 1), np.float32)), (quantised, np.zeros((1, 1), np.int8))):
+        with pytest.raises(ValueError, match="padding_value" if layer is bright else "x_zero_point"):
+            layer(x)
 
 
 def test_bad_images_are_refused_when_called():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpuconv import schedule
 from gpuconv.backends import cupy_gemm, patches
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
@@ -26,9 +27,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     if problem.op == "fold":
         return patches.plan_fold(NAME, problem, limit)
     if problem.table_bytes() > limit:
-        raise MemoryError(
-            f"{NAME} on {problem} needs {problem.table_bytes()} bytes of scratch and workspace_limit is {limit}"
-        )
+        raise schedule.shortage(f"{NAME} on {problem}", problem.table_bytes(), limit)
     return Plan(problem, problem.table_bytes(), problem.x_dtype, "one thread per window and channel")
 
 

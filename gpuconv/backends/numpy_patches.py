@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuconv import schedule
 from gpuconv.backends import patches, tables
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
@@ -30,9 +31,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     if problem.op == "fold":
         return patches.plan_fold(NAME, problem, limit)
     if problem.table_bytes() > limit:
-        raise MemoryError(
-            f"{NAME} on {problem} needs {problem.table_bytes()} bytes of scratch and workspace_limit is {limit}"
-        )
+        raise schedule.shortage(f"{NAME} on {problem}", problem.table_bytes(), limit)
     return Plan(problem, problem.table_bytes(), problem.x_dtype, "one copy per kernel tap")
 
 

@@ -28,7 +28,7 @@ def _show(report: gpuconv.Info | gpuconv.Explanation, as_json: bool) -> None:
 
 
 @cli.command(epilog=EPILOG)
-@click.argument("problem", required=False, metavar="[PROBLEM]")
+@click.argument("lines", nargs=-1, metavar="[PROBLEM]")
 @click.option("--x", "x_shape", type=shape, metavar="N,C,H,W", help="Shape of the input.")
 @click.option("--k", "k_shape", type=shape, metavar="O,C,KH,KW", help="Shape of the kernel.")
 @click.option("--bias", is_flag=True, help="With a bias.")
@@ -54,7 +54,7 @@ def _show(report: gpuconv.Info | gpuconv.Explanation, as_json: bool) -> None:
 @click.option("--workspace-limit", type=int, metavar="BYTES", help="Scratch memory.")
 @where_options
 @json_option
-def explain(problem: str | None, x_shape: Any, k_shape: Any, as_json: bool, **options: Any) -> None:
+def explain(lines: tuple[str, ...], x_shape: Any, k_shape: Any, as_json: bool, **options: Any) -> None:
     """Say what conv2d, or with --op one of its relatives, would run, and why.
 
     Either a PROBLEM as the library prints it, such as n8c3h224w224_o64kh7kw7_s2p3_f32, or the shapes --x and --k with
@@ -62,12 +62,14 @@ def explain(problem: str | None, x_shape: Any, k_shape: Any, as_json: bool, **op
     """
     # What was not given is left to explain's own defaults.
     given = {name: value for name, value in options.items() if value is not None and value is not False}
-    if problem is not None:
+    if len(lines) > 1:
+        raise click.UsageError(f"one problem line at most, got {' '.join(lines)}; shapes go to --x and --k")
+    if lines:
         elsewhere = ("device", "backend", "workspace_limit")
         described = [name for name in given if name not in elsewhere]
         if described or x_shape is not None or k_shape is not None:
             raise click.UsageError("a problem line stands for the shapes and their options; give one or the other")
-        operands: tuple[Any, ...] = (problem,)
+        operands: tuple[Any, ...] = lines
     else:
         if x_shape is None or k_shape is None:
             raise click.UsageError("give a problem line, or both --x and --k")

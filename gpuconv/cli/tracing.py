@@ -123,6 +123,8 @@ def _ramp(size: tuple[int, ...]) -> Array:
 
 def _numbers(option: str, text: str) -> Array:
     """Rows, where ``text`` begins with a number; else a kernel's name, or a file."""
+    if not text.strip():
+        raise ValueError(f"{option} is empty; give rows such as '1 2 3; 4 5 6', or a file")
     if _number(re.split(r"[\s,;|]", text.strip(), maxsplit=1)[0]) is not None:
         return _rows(option, text)
     if option == "--k" and not Path(text).suffix:

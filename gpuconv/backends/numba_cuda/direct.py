@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from gpuconv import dtypes
+from gpuconv import dtypes, schedule
 from gpuconv.backends import phases
 from gpuconv.backends.numba_cuda import launch, uploads
 from gpuconv.backends.numba_cuda.launch import Flat
@@ -91,7 +91,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     scratch = sum(part.problem.table_bytes() for part in lowered)
     scratch += 2 * problem.result_channels * dtypes.itemsize(problem.sum_dtype)
     if scratch > limit:
-        raise MemoryError(f"{NAME} on {problem} needs {scratch} bytes of scratch and workspace_limit is {limit}")
+        raise schedule.shortage(f"{NAME} on {problem}", scratch, limit)
     detail = f"tile {tiles[0]}" if tiles else "nothing to compute"
     detail += f", {len(tiles)} launches" if len(tiles) > 1 else ""
     return Plan(problem, scratch, problem.sum_dtype, detail, {"parts": lowered, "tiles": tiles})

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import arrays
+from gpuconv import arrays, schedule
 from gpuconv.backends.numba_cuda import launch, uploads
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
@@ -33,7 +33,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """The only scratch are the index tables of unfold."""
     scratch = problem.table_bytes() if problem.op == "unfold" else 0
     if scratch > limit:
-        raise MemoryError(f"{NAME} on {problem} needs {scratch} bytes of scratch and workspace_limit is {limit}")
+        raise schedule.shortage(f"{NAME} on {problem}", scratch, limit)
     sums = problem.x_dtype if problem.op == "unfold" else problem.sum_dtype
     return Plan(problem, scratch, sums, "one thread per element of the result")
 
