@@ -31,6 +31,7 @@ TABLE = (
     "numba_cuda.implicit_gemm_mma",
     "numba_cuda.winograd",
     "numba_cuda.patches",
+    "numba_cpu.complex",
     "numba_cpu.separable",
     "numba_cpu.winograd",
     "numba_cpu.planes",
@@ -127,6 +128,7 @@ def implementation(name: str) -> Implementation:
         if library_of(name) != "numba_cpu" or error.name not in ("numba", "llvmlite"):
             raise
         ops = ("weight_grad",) if ".weight_" in name else ("forward", "input_grad")
+        ops += ("weight_grad",) * (name == "numba_cpu.complex")
         return Absent(name, f"Numba is not installed ({error.name} is missing); pip install numba", frozenset(ops))
     return module  # type: ignore[no-any-return]
 

@@ -71,6 +71,46 @@ def rows(lanes: Lanes, stored: str) -> Rows:
     return Rows(read, write, fill)
 
 
+@functools.lru_cache(maxsize=64)
+def woven(lanes: Lanes) -> Any:
+    """A function of (to, real, imaginary, count, step, part): two rows as the parts of complex numbers ``step`` bytes
+    apart, the imaginary one ``part`` bytes behind the real.
+    """
+    size, own = lanes.size, LETTERS[lanes.dtype]
+    near = routine(f"weave_{lanes}", lanes, f"{own * 3}i", _weave)
+    load, store = scalar(lanes.dtype)
+
+    @compiled
+    def write(to, real, imaginary, count, step, part):
+        if step == 2 * size and part == size:
+            near((to, real, imaginary, count))
+        else:
+            for i in range(count):
+                store(to + i * step, load(real + i * size))
+                store(to + i * step + part, load(imaginary + i * size))
+
+    return write
+
+
+def _weave(e: Emitter, to: Value, real: Value, imaginary: Value, count: Value) -> None:
+    builder, lanes = e.builder, e.lanes.count
+    low, high = ([i // 2 + i % 2 * lanes + start for i in range(lanes)] for start in (0, lanes // 2))
+
+    def whole(i: Value) -> None:
+        parts = e.load(e.at(real, i)), e.load(e.at(imaginary, i))
+        place = builder.mul(i, I64(2))
+        e.store(e.shuffle(*parts, low), e.at(to, place))
+        e.store(e.shuffle(*parts, high), e.at(to, place, lanes))
+
+    def one(i: Value) -> None:
+        place = builder.mul(i, I64(2))
+        builder.store(builder.load(e.at(real, i)), e.at(to, place))
+        builder.store(builder.load(e.at(imaginary, i)), e.at(to, place, 1))
+
+    i = e.loop(0, count, lanes, whole)
+    e.loop(i, count, 1, one)
+
+
 def _each(e: Emitter, count: Value, whole: Callable[[Value], None], cut: Callable[[Value, Value], None]) -> None:
     """``whole(i)`` for every vector of a row, ``cut(i, mask)`` for what is left.
 

@@ -112,13 +112,13 @@ def lanes_of(problem: Conv2dProblem, target: Target) -> Lanes:
     return Lanes.of(dtype, target.vector_bits or runtime.vector_bits())
 
 
-def channels_at_once(problem: Conv2dProblem) -> int:
+def channels_at_once(problem: Conv2dProblem, parts: int = 1) -> int:
     """Input channels of a block, so that a block is about one sum of the micro-kernel: evenly, and a matter of the
-    image's own sizes alone, because it decides how sums are split.
+    image's own sizes alone, because it decides how sums are split. ``parts`` of them stay together.
     """
-    channels = problem.C // problem.groups
-    most = max(1, BLOCK // (problem.KH * problem.KW))
-    return -(-channels // -(-channels // most)) if channels else 1
+    channels = problem.C // problem.groups // parts
+    most = max(1, BLOCK // (parts * problem.KH * problem.KW))
+    return parts * -(-channels // -(-channels // most)) if channels else parts
 
 
 def finishing(problem: Conv2dProblem, bias: Any | None, padded: int, rows: int, lanes: Lanes) -> np.ndarray[Any, Any]:

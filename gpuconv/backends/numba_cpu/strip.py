@@ -24,7 +24,7 @@ from gpuconv.backends.numba_cpu import axes, dense, runtime, strip_products, wei
 from gpuconv.backends.numba_cpu.copies import compiled, rows
 from gpuconv.backends.numba_cpu.microkernel import BLOCK, TILES
 from gpuconv.backends.numba_cpu.runtime import take
-from gpuconv.backends.numba_cpu.vectors import Lanes, get
+from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes, get
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
@@ -56,7 +56,10 @@ X, WEIGHTS, Y, SCRATCH, FINISH, FILL = range(runtime.ARRAYS)
     ROW_PHASES, COLUMN_PHASES, ROW_SOURCE, COLUMN_SOURCE, INSIDE, ROW_EXTENT, COLUMN_EXTENT, STRIDE, OFFSETS, BORDER,
 ) = range(runtime.ARRAYS, runtime.ARRAYS + 44)  # fmt: skip
 END = runtime.ARRAYS + 44
-DIRECT = END  # whether tiles are written straight to y
+# Whether tiles are written straight to y; of complex arrays, whose parts are channels of their own, the steps from the
+# real part to the imaginary one in bytes. The real parts of a block's input channels come before the imaginary ones;
+# those of output channels take turns.
+DIRECT, PART_X, PART_Y = range(END, END + 3)
 
 
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
@@ -133,8 +136,8 @@ class Geometry:
         return down.source(), across.source(), np.array(across.inside, np.int64), offsets.astype(np.int64)
 
 
-def geometry_of(problem: Conv2dProblem, lanes: Lanes) -> Geometry:
-    """The axes and blocks of a problem."""
+def geometry_of(problem: Conv2dProblem, lanes: Lanes, parts: int = 1) -> Geometry:
+    """The axes and blocks of a problem, of whose channels ``parts`` stay together."""
     down, across = (
         axes.axis(n, k, made, pads[0], stride, dilation, problem.padding_mode)
         for n, k, made, pads, stride, dilation in zip(
@@ -144,12 +147,17 @@ def geometry_of(problem: Conv2dProblem, lanes: Lanes) -> Geometry:
     )  # fmt: skip
     MR = TILES[lanes.bits][0]
     padded = -(-(problem.O // problem.groups) // MR) * MR
-    return Geometry(problem, lanes, down, across, dense.channels_at_once(problem), padded)
+    return Geometry(problem, lanes, down, across, dense.channels_at_once(problem, parts), padded)
 
 
-def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
+def plan_of_parts(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
+    """The plan of a real problem whose channels are the real and imaginary parts of complex ones."""
+    return _plan(problem, target, limit, 2)
+
+
+def _plan(problem: Conv2dProblem, target: Target, limit: int, parts: int = 1) -> Plan:
     lanes, threads = dense.lanes_of(problem, target), target.threads
-    geometry = geometry_of(problem, lanes)
+    geometry = geometry_of(problem, lanes, parts)
     MR, padded = TILES[lanes.bits][0], geometry.padded
     images = problem.N * problem.groups
     ob = outputs_at_once(padded, MR)
@@ -172,7 +180,9 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     if problem.result_size * problem.products < ALONE:
         threads = 1
     detail = f"strips of {high}×{wide} pixels, {ob} output and {geometry.kc} input channels at a time, {lanes}"
-    return made(geometry, shape, threads, tasks <= REPACKED * threads * blocks * problem.groups, detail)
+    plan = made(geometry, shape, threads, tasks <= REPACKED * threads * blocks * problem.groups, detail)
+    plan.config["parts"] = parts
+    return plan
 
 
 def made(geometry: Geometry, shape: Shape, threads: int, raw: bool, detail: str, extra: int = 0) -> Plan:
@@ -267,7 +277,8 @@ def _direct(plan: Plan, out: Any) -> bool:
 
 def kernel_name(plan: Plan) -> str:
     """The name of the kernel that runs it."""
-    return f"strip_{plan.config['lanes']}_{plan.problem.x_dtype}_{plan.problem.y_dtype}"
+    parts = "" if plan.config["parts"] == 1 else "_parts"
+    return f"strip_{plan.config['lanes']}_{plan.problem.x_dtype}_{plan.problem.y_dtype}{parts}"
 
 
 def pack_key(plan: Plan) -> Any:
@@ -314,8 +325,8 @@ class Bound:
     def _kernel(self, out: Any) -> tuple[int, list[int], Any]:
         """The kernel, further entries of its table, and what they point to."""
         x, y = self.plan.problem.x_dtype, self.plan.problem.y_dtype
-        kernel = runtime.kernel(kernel_name(self.plan), lambda: _kernel(self.lanes, x, y))
-        return kernel, [_direct(self.plan, out)], None
+        kernel = runtime.kernel(kernel_name(self.plan), lambda: _kernel(self.lanes, x, y, self.plan.config["parts"]))
+        return kernel, [_direct(self.plan, out), SIZE[x], SIZE[y]], None
 
     def _finishing(self, bias: Any | None) -> Any:
         return dense.finishing(
@@ -389,13 +400,14 @@ def filler(lanes: Lanes, stored: str) -> Any:
     return fill
 
 
-def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
+def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str, parts: int) -> Callable[..., None]:
     wide_size = lanes.size
     MR, _ = TILES[lanes.bits]
     fill = filler(lanes, x_dtype)
-    _, write, _ = rows(lanes, y_dtype)
     pack_block = weights.block(lanes, MR)
     multiply, straight = strip_products.summed(lanes), strip_products.written(lanes)
+    hand_over = strip_products.handed_over(lanes, y_dtype, parts)
+    shift = parts - 1
 
     def strip(arguments, thread, threads):
         high, wide, ob = get(arguments, HIGH), get(arguments, WIDE), get(arguments, OUTPUTS)
@@ -435,17 +447,20 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
             pixels = (i1 - i0) * pitch - (pitch - (j1 - j0))
             source = get(arguments, X) + n * get(arguments, SXN) + g * get(arguments, SXG)
             weight = get(arguments, WEIGHTS) + wide_size * g * padded * C_ * taps
-            target = get(arguments, Y) + n * get(arguments, SYN) + g * get(arguments, SYG) + o0 * get(arguments, SYO)
+            target = get(arguments, Y) + n * get(arguments, SYN) + g * get(arguments, SYG)
+            target += (o0 >> shift) * get(arguments, SYO)
             target += i0 * get(arguments, SYH) + j0 * get(arguments, SYW)
             reach_down, reach_across = get(arguments, PLACES) - high, get(arguments, COLUMN_EXTENT) - OW_
             c0 = 0
             while c0 < C_:
                 channels = min(kc, C_ - c0)
                 K = channels * taps
-                fill(
-                    arguments, inputs, source + c0 * get(arguments, SXC), channels, i0, i1 - i0 + reach_down, j0,
-                    j1 - j0 + reach_across, filled == place,
-                )  # fmt: skip
+                for part in range(parts):
+                    fill(
+                        arguments, inputs + part * (channels >> shift) * get(arguments, CHANNEL) * wide_size,
+                        source + (c0 >> shift) * get(arguments, SXC) + part * get(arguments, PART_X), channels >> shift,
+                        i0, i1 - i0 + reach_down, j0, j1 - j0 + reach_across, filled == place,
+                    )  # fmt: skip
                 filled = place
                 a = weight + wide_size * (c0 * padded + o0 * channels) * taps
                 if raw:
@@ -465,13 +480,10 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
                 else:
                     multiply(a, inputs, get(arguments, OFFSETS), sums, K, pixels, ldc, panels, c0 > 0, finish, bias)
                 c0 += channels
-            if direct:
-                continue
-            for o in range(o1 - o0):
-                for i in range(i1 - i0):
-                    write(
-                        target + o * get(arguments, SYO) + i * get(arguments, SYH),
-                        sums + wide_size * (o * ldc + i * pitch), j1 - j0, get(arguments, SYW),
-                    )  # fmt: skip
+            if direct == 0:
+                hand_over(
+                    target, sums, o1 - o0, i1 - i0, j1 - j0, ldc, pitch, get(arguments, SYO), get(arguments, SYH),
+                    get(arguments, SYW), get(arguments, PART_Y),
+                )  # fmt: skip
 
     return strip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.copies import compiled, rows, woven
 from gpuconv.backends.numba_cpu.microkernel import BLOCK, TILES, tile
 from gpuconv.backends.numba_cpu.vectors import Lanes
 
@@ -108,3 +108,30 @@ def written(lanes: Lanes) -> Any:
                 j += count
 
     return multiply
+
+
+def handed_over(lanes: Lanes, stored: str, parts: int) -> Any:
+    """A function for compiled code: hand_over(y, sums, outputs, high, wide, ldc, pitch, step, line, column, part), of
+    the sums of a strip to memory of ``stored``; steps of channels, rows, columns and parts of y in bytes.
+    """
+    size = lanes.size
+    if parts == 1:
+        _, write, _ = rows(lanes, stored)
+
+        @compiled
+        def hand_over(y, sums, outputs, high, wide, ldc, pitch, step, line, column, part):
+            for o in range(outputs):
+                for i in range(high):
+                    write(y + o * step + i * line, sums + size * (o * ldc + i * pitch), wide, column)
+
+    else:
+        weave = woven(lanes)
+
+        @compiled
+        def hand_over(y, sums, outputs, high, wide, ldc, pitch, step, line, column, part):
+            for o in range(0, outputs, 2):
+                for i in range(high):
+                    real = sums + size * (o * ldc + i * pitch)
+                    weave(y + o // 2 * step + i * line, real, real + size * ldc, wide, column, part)
+
+    return hand_over
