@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv import arrays, dispatch, dtypes, request
+from gpuconv.backends.phases import fill_with_bias
 from gpuconv.backends.protocol import Operands
 from gpuconv.problem import Conv2dProblem
 
@@ -57,13 +58,15 @@ def find(key: Hashable) -> Ready | None:
     return ready if ready is not None and ready.holds() else None
 
 
-def repeated(key: Hashable | None, first: Any, second: Any) -> Any | None:
+def repeated(
+    key: Hashable | None, first: Any, second: Any, bias: Any | None = None, out: Any | None = None
+) -> Any | None:
     """The result of the call remembered under ``key``, or None: the long way has it, or what takes less memory."""
     ready = None if key is None else find(key)
     if ready is None:
         return None
     try:
-        return ready(first, second, None)
+        return ready(first, second, bias, out)
     except MemoryError:
         return None
 
@@ -116,12 +119,21 @@ def token(value: Any) -> Hashable:
 _UNTOLD: Any = []
 
 
-def key_of(call: str, first: Any, second: Any, options: tuple[Any, ...], unset: tuple[Any, ...]) -> Hashable | None:
-    """The key of a call of a gradient on two arrays; None where they are not NumPy's own or one of ``unset`` is set."""
+def key_of(
+    call: str, first: Any, second: Any, options: tuple[Any, ...], unset: tuple[Any, ...], bias: Any | None = None,
+    out: Any | None = None,
+) -> Hashable | None:  # fmt: skip
+    """The key of a call of a gradient or a transposed convolution; None where its arrays are not NumPy's own, ``out``
+    may not be written, or one of ``unset`` is set.
+    """
     if type(first) is not np.ndarray or type(second) is not np.ndarray or any(value is not None for value in unset):
         return None
+    if not all(other is None or type(other) is np.ndarray for other in (bias, out)):
+        return None
+    if out is not None and not may_be_written(out, first, second, bias):
+        return None
     arrays_of = first.shape, first.strides, first.dtype, second.shape, second.strides, second.dtype
-    return call, arrays_of, tuple(map(token, options))
+    return call, arrays_of, None if bias is None else (bias.shape, bias.dtype), form(out), tuple(map(token, options))
 
 
 class _Phases:
@@ -139,9 +151,9 @@ class _Phases:
 
     def __call__(self, x: Any, k: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
         """Write the gradient into ``out``."""
-        if not self.complete:
-            out[...] = 0
         x, k, out = (request.view(self.problem, which, array) for which, array in enumerate((x, k, out)))
+        if not self.complete:
+            fill_with_bias(self.problem, bias, out)
         k = k.swapaxes(1, 2)
         for bound, taps, outputs in self.parts:
             bound(x, k[taps], packed, bias, out[outputs])

@@ -144,3 +144,34 @@ def test_a_prepared_convolution_repeats_too():
     assert layer(X).tobytes() == first
     gpuconv.clear()
     assert layer(X).tobytes() == first
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_transposed_convolution_repeats_too(layout, activation):
+    """Also where the copies of the kernel leave rows and columns between them, which get the bias alone."""
+    x = X if layout == "NCHW" else np.ascontiguousarray(X.transpose(0, 2, 3, 1))
+    k, bias = np.ascontiguousarray(K[:5, :, :2, :2]), np.linspace(-1, 1, 5, dtype=np.float32)
+
+    def call(x, k, bias, out=None, **more):
+        return gpuconv.conv_transpose2d(x, k, bias, stride=3, layout=layout, activation=activation, out=out, **more)
+
+    for given in (bias, None):
+        first = call(x, k, given)
+        remembered = len(quick._ready)
+        for other in (x, 2 * x, x):  # values are not remembered
+            again = call(other, k, given)
+            assert again is not first and (again.tobytes() == first.tobytes()) == (other is x)
+        assert len(quick._ready) == remembered
+        if given is not None:
+            assert np.allclose(first, call(x, k, given, backend="numpy.reference"), atol=1e-5)
+            assert not np.array_equal(call(x, k, given + 1), first)
+        out = np.full_like(first, np.nan)
+        for _ in range(2):
+            assert call(x, k, given, out) is out and out.tobytes() == first.tobytes()
+    assert len(quick._ready) == 4
+    with pytest.raises(TypeError):
+        gpuconv.conv_transpose2d(x, k, bias, stride=3.0, layout=layout)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out is read-only"):
+        call(x, k, bias, out)
