@@ -15,7 +15,8 @@ from cases import Case
 from gpuconv import problem as problems
 from gpuconv import request
 from gpuconv.backends import protocol
-from gpuconv.backends.numba_cpu import channels, pixels, runtime
+from gpuconv.backends.numba_cpu import channels, pixels, pixels_kernel, runtime
+from gpuconv.backends.numba_cpu.vectors import Lanes
 
 pytestmark = pytest.mark.skipif(runtime.unavailable() is not None, reason=str(runtime.unavailable()))
 
@@ -200,3 +201,32 @@ def test_refusals():
     )
     for module in (pixels, channels):
         assert any("pads with" in reason for reason in module.unsupported(reflecting, target))
+
+
+def test_weights_of_any_order_in_memory_are_packed_alike():
+    lanes = Lanes.of("float32", runtime.vector_bits())
+    shape = (2, 2 * lanes.count + 3, 41, 3, 2)  # a whole panel, or two, and part of one; more channels than a task has
+    plain = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    orders = {
+        "outputs side by side": (0, 2, 3, 4, 1),
+        "an input gradient's": (0, 2, 1, 3, 4),
+        "groups last": (4, 3, 2, 1, 0),
+    }
+    forms = {
+        name: np.ascontiguousarray(plain.transpose(axes)).transpose(np.argsort(axes)) for name, axes in orders.items()
+    }
+    turned = np.ascontiguousarray(plain.swapaxes(1, 2)[..., ::-1, ::-1])
+    forms["an input gradient's, turned"] = turned[..., ::-1, ::-1].swapaxes(1, 2)
+    phase = np.full((2, 41, shape[1], 6, 5), np.nan, np.float32)
+    forms["every second tap, backwards"] = phase[..., 5::-2, 3::-2].swapaxes(1, 2)
+    forms["every second tap, backwards"][...] = plain
+    forms["between elements"] = np.zeros(shape, [("_", "i1"), ("k", "f4")])["k"]
+    forms["between elements"][...] = plain
+    for vectors in pixels_kernel.PIXELS[lanes.bits]:
+        packed = {
+            (name, threads): pixels_kernel.Packing(k, lanes, vectors, threads)(k).tobytes()
+            for name, k in {"plain": plain, **forms}.items()
+            for threads in (1, 2)
+        }
+        wanted = packed["plain", 1]
+        assert [key for key, value in packed.items() if value != wanted] == []

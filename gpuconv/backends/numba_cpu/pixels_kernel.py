@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from gpuconv.backends.numba_cpu import runtime
 from gpuconv.backends.numba_cpu.copies import compiled, rows
-from gpuconv.backends.numba_cpu.vectors import I64, Emitter, Lanes, Value, get, routine, scalar
+from gpuconv.backends.numba_cpu.vectors import I32, I64, Emitter, Lanes, Value, get, routine, scalar
 
 # Pixels by the bits of a register and the vectors of output channels: as many sums as the register file holds beside
 # the vectors of A and one pixel. More pixels than twelve would not leave enough registers for their addresses.
@@ -221,7 +221,11 @@ def put(typing: Any, address: Any, index: Any, value: Any) -> Any:
 
 # The table of arguments of the kernel that packs.
 K, PACKED, PLACES, *_ = range(runtime.ARRAYS)
-G, O, C, KH, KW, TRANSPOSED, SG, SO, SC, SP, SQ = range(runtime.ARRAYS, runtime.ARRAYS + 11)
+G, O, C, KH, KW, ORDER, SG, SO, SC, SP, SQ = range(runtime.ARRAYS, runtime.ARRAYS + 11)
+
+# How the weights lie: an output's side by side; in any order of whole elements, those of input gradients above all,
+# whose outputs are k's input channels; in any other.
+_TURNED, _APART, _BETWEEN = range(3)
 
 
 def _transposed(e: Emitter, to: Value, source: Value, places: Value, ld: Value, count: Value, present: Value,
@@ -254,7 +258,11 @@ def _transposed(e: Emitter, to: Value, source: Value, places: Value, ld: Value, 
 
 # Products of all outputs of a panel that are turned over before the next: 16 channels of a 3×3 kernel. What is read and
 # written meanwhile lies in few places.
-_TURNED = 144
+_AT_ONCE = 144
+
+# Where an output's weights are not side by side: input channels of a panel that are packed before the next panel, and
+# before the next tap.
+_CHANNELS, _NEAR = 32, 8
 
 
 @functools.lru_cache(maxsize=64)
@@ -268,8 +276,8 @@ def packing_of(lanes: Lanes, vectors: int) -> Any:
 
     @compiled
     def pack(to, source, places, so, present, first, products):
-        for k in range(first, first + products, _TURNED):
-            length = min(_TURNED, first + products - k)
+        for k in range(first, first + products, _AT_ONCE):
+            length = min(_AT_ONCE, first + products - k)
             for part in range(vectors):
                 outputs = min(max(present - part * count, 0), count)
                 at = source + size * k
@@ -281,44 +289,86 @@ def packing_of(lanes: Lanes, vectors: int) -> Any:
     return pack
 
 
+def _gathered(e: Emitter, to: Value, source: Value, vectors: Value, so: Value, channels: Value, sc: Value, KH: Value,
+              sp: Value, KW: Value, sq: Value, width: Value, tap: Value) -> None:  # fmt: skip
+    """to[(p·KW + q)·tap + c·width + i] = source[i·so + c·sc + p·sp + q·sq] for all i of some vectors."""
+    builder, n = e.builder, e.lanes.count
+    near = builder.icmp_signed("==", so, I64(1))
+
+    def of_tap(p: Value, q: Value) -> None:
+        line = e.at(source, builder.mul(p, sp), builder.mul(q, sq))
+        target = e.at(to, builder.mul(builder.add(builder.mul(p, KW), q), tap))
+
+        def one(c: Value, v: Value) -> None:
+            first = builder.mul(v, I64(n))
+            place = e.at(line, builder.mul(c, sc), builder.mul(first, so))
+            with builder.if_else(near) as (side_by_side, apart):
+                with side_by_side:
+                    e.store(e.load(place), e.at(target, builder.mul(c, width), first))
+                with apart:
+                    vector = e.zero
+                    for i in range(n):
+                        vector = builder.insert_element(vector, builder.load(e.at(place, e.times(so, i))), I32(i))
+                    e.store(vector, e.at(target, builder.mul(c, width), first))
+
+        # A cache line is written as a whole before others, which are often a power of two from it.
+        e.loop(0, channels, 1, lambda c: e.loop(0, vectors, 1, lambda v: one(c, v)))
+
+    e.loop(0, KH, 1, lambda p: e.loop(0, KW, 1, lambda q: of_tap(p, q)))
+
+
 def _packer(lanes: Lanes, vectors: int) -> Callable[..., None]:
     size, count, width = lanes.size, lanes.count, vectors * lanes.count
     pack_panel = packing_of(lanes, vectors)
+    gathered = routine(f"pixels_gathered_{lanes}", lanes, "ee" + 10 * "i", _gathered)
     read, _, _ = rows(lanes, lanes.dtype)
     _, store = scalar(lanes.dtype)
 
     @compiled
-    def scattered(arguments, to, source, present):
-        """A vector of outputs from memory of any order."""
-        for p in range(get(arguments, KH)):
-            for q in range(get(arguments, KW)):
-                for c in range(get(arguments, C)):
-                    at = source + c * get(arguments, SC) + p * get(arguments, SP) + q * get(arguments, SQ)
-                    read(to, at, present, get(arguments, SO))
-                    for o in range(present, count):
-                        store(to + o * size, 0.0)
-                    to += width * size
+    def scattered(arguments, to, source, channels, present):
+        """A panel's outputs, of which some are present, for some input channels, from memory of any order."""
+        C_, KH_, KW_, so = get(arguments, C), get(arguments, KH), get(arguments, KW), get(arguments, SO)
+        sc, sp, sq = get(arguments, SC), get(arguments, SP), get(arguments, SQ)
+        whole = 0
+        if get(arguments, ORDER) == _APART:
+            whole = min(present, width) // count
+            for c in range(0, channels, _NEAR):
+                here, steps = min(_NEAR, channels - c), (KH_, sp // size, KW_, sq // size, width, C_ * width)
+                at = source + c * sc
+                gathered((to + size * width * c, at, whole, so // size, here, sc // size, *steps))
+        for v in range(whole, vectors):
+            here = min(max(present - v * count, 0), count)
+            at = source if here == 0 else source + v * count * so  # of an output that exists
+            for p in range(KH_):
+                for q in range(KW_):
+                    for c in range(channels):
+                        place = to + size * (width * ((p * KW_ + q) * C_ + c) + v * count)
+                        read(place, at + c * sc + p * sp + q * sq, here, so)
+                        for o in range(here, count):
+                            store(place + o * size, 0.0)
 
     def pack(arguments, thread, threads):
-        O_, so, turned = get(arguments, O), get(arguments, SO), get(arguments, TRANSPOSED)
-        products = get(arguments, C) * get(arguments, KH) * get(arguments, KW)
+        O_, C_, so, order = get(arguments, O), get(arguments, C), get(arguments, SO), get(arguments, ORDER)
+        products = C_ * get(arguments, KH) * get(arguments, KW)
         panels = (O_ + width - 1) // width
-        # A panel in parts: of products, or of outputs.
-        parts = (products + _TURNED - 1) // _TURNED if turned else vectors
+        # A panel in parts, of products or of input channels.
+        parts = (products + _AT_ONCE - 1) // _AT_ONCE if order == _TURNED else (C_ + _CHANNELS - 1) // _CHANNELS
         tasks = get(arguments, G) * panels * parts
         for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
             g, panel, part = task // (panels * parts), task // parts % panels, task % parts
+            if order != _TURNED:  # outputs lie near each other: some channels of all panels
+                panel, part = task % panels, task // panels % parts
             to = get(arguments, PACKED) + size * (g * panels + panel) * products * width
             source = get(arguments, K) + g * get(arguments, SG) + panel * width * so
             present = O_ - panel * width
-            if turned:
-                first = part * _TURNED
-                pack_panel(to, source, get(arguments, PLACES), so, present, first, min(_TURNED, products - first))
-            else:
-                present = min(max(present - part * count, 0), count)
-                if present > 0:
-                    source += part * count * so
-                scattered(arguments, to + size * part * count, source, present)
+            if order == _TURNED:
+                first = part * _AT_ONCE
+                pack_panel(to, source, get(arguments, PLACES), so, present, first, min(_AT_ONCE, products - first))
+                continue
+            c = part * _CHANNELS
+            scattered(
+                arguments, to + size * width * c, source + c * get(arguments, SC), min(_CHANNELS, C_ - c), present
+            )
 
     return pack
 
@@ -354,7 +404,9 @@ class Packing:
         # Starting threads costs more than packing little.
         threads = threads if self.count >= 1 << 16 else 1
         kernel = runtime.kernel(f"pixels_weights_{lanes}_{vectors}", lambda: _packer(lanes, vectors))
-        self.task = runtime.Task(kernel, [G_, O_, C_, KH_, KW_, places is not None, *like.strides], threads)
+        whole = all(step % lanes.size == 0 for step in like.strides)
+        order = _TURNED if places is not None else _APART if whole else _BETWEEN
+        self.task = runtime.Task(kernel, [G_, O_, C_, KH_, KW_, order, *like.strides], threads)
 
     def __call__(self, k: Any) -> np.ndarray[Any, Any]:
         """The packed form of ``k``."""
