@@ -25,6 +25,13 @@ from gpuconv.backends.numba_cpu.vectors import I32, I64, Emitter, Lanes, Value, 
 # the vectors of A and one pixel. More pixels than twelve would not leave enough registers for their addresses.
 PIXELS = {512: {4: 6, 3: 8, 2: 12, 1: 12}, 256: {2: 6, 1: 12}, 128: {4: 6, 3: 8, 2: 12, 1: 12}}
 
+# Products of a turn of the loop without AVX-512, where a product is few instructions: in whole layers 2 to 5 % faster
+# than one at a time, a fifth where runs are short.
+_UNROLLED = 4
+
+# How a loop is entered or left: the block, [k, weights, what is fetched], the sums.
+Loop = tuple[Value, list[Value], list[list[Value]]]
+
 
 def vectors_of(outputs: int, lanes: Lanes) -> int:
     """Vectors of output channels of a panel, so that little of the last panel is in vain. One vector for each
@@ -64,25 +71,46 @@ def tile(lanes: Lanes, pixels: int, vectors: int) -> Any:
         entry_of = builder.mul(r, I64(3))
         offset, count = builder.load(e.at(runs, entry_of)), builder.load(e.at(runs, entry_of, 1))
         here = [e.at(address, offset) for address in addresses]
-        builder.branch(loop)
 
-        builder.position_at_end(loop)
-        k, weight, fetched = (builder.phi(kind) for kind in (I64, a.type, following.type))
-        for phi, value in ((k, I64(0)), (weight, weights), (fetched, ahead)):
-            phi.add_incoming(value, run)
-        sums = e.sums(pixels, vectors, [(run, begun)])
-        e.prefetch(fetched, 2)
-        w = [e.load(e.at(weight, j * e.lanes.count)) for j in range(vectors)]
-        new = []
-        for i in range(pixels):
-            pixel = e.splat(builder.load(e.at(here[i], k)))
-            new.append([e.fma(pixel, w[j], sums[i][j]) for j in range(vectors)])
-        following_k = builder.add(k, I64(1))
-        following_weight, following_fetch = e.at(weight, vectors * e.lanes.count), e.at(fetched, rate)
-        for phi, value in ((k, following_k), (weight, following_weight), (fetched, following_fetch)):
-            phi.add_incoming(value, loop)
-        _incoming(sums, new, loop)
-        builder.cbranch(builder.icmp_signed("<", following_k, count), loop, ended)
+        def products(loop: Value, entries: list[Loop], at_once: int, end: Value, past: Value) -> Loop:
+            """A loop over ``at_once`` products at a time, as long as k is below ``end``."""
+            builder.position_at_end(loop)
+            k, weight, fetched = phis = [builder.phi(kind) for kind in (I64, a.type, following.type)]
+            for origin, state, _ in entries:
+                _incoming([phis], [state], origin)
+            before = new = e.sums(pixels, vectors, [(origin, values) for origin, _, values in entries])
+            e.prefetch(fetched, 2)
+            for u in range(at_once):
+                w = [e.load(e.at(weight, (u * vectors + j) * e.lanes.count)) for j in range(vectors)]
+                sums, new = new, []
+                for i in range(pixels):
+                    place = e.at(here[i], k)
+                    pixel = e.splat(builder.load(e.at(place, u) if u else place))
+                    new.append([e.fma(pixel, w[j], sums[i][j]) for j in range(vectors)])
+            step = rate if at_once == 1 else e.times(rate, at_once)
+            further = [builder.add(k, I64(at_once)), e.at(weight, at_once * vectors * e.lanes.count)]
+            further.append(e.at(fetched, step))
+            _incoming([phis, *before], [further, *new], loop)
+            builder.cbranch(builder.icmp_signed("<", further[0], end), loop, past)
+            return loop, further, new
+
+        begin: Loop = (run, [I64(0), weights, ahead], begun)
+        if lanes.bits == 512:
+            builder.branch(loop)
+            _, (_, following_weight, following_fetch), new = products(loop, [begin], 1, count, ended)
+        else:
+            several, rest = e.block("several"), e.block("rest")
+            limit = builder.sub(count, I64(_UNROLLED - 1))
+            builder.cbranch(builder.icmp_signed(">", limit, I64(0)), several, loop)
+            _, state, sums = products(several, [begin], _UNROLLED, limit, rest)
+            builder.position_at_end(rest)
+            builder.cbranch(builder.icmp_signed("<", state[0], count), loop, ended)
+            ways = [(rest, state, sums), products(loop, [begin, (rest, state, sums)], 1, count, ended)]
+            builder.position_at_end(ended)
+            following_weight, following_fetch = phis = [builder.phi(kind) for kind in (a.type, following.type)]
+            for block, state, _ in ways:
+                _incoming([phis], [state[1:]], block)
+            new = e.sums(pixels, vectors, [(block, values) for block, _, values in ways])
 
         builder.position_at_end(ended)
         builder.cbranch(builder.icmp_signed("!=", builder.load(e.at(runs, entry_of, 2)), I64(0)), flush, after)
