@@ -71,7 +71,7 @@ def _multiplier(lanes: Lanes, vectors: int) -> Any:
     follow.
     """
     size, width, most = lanes.size, vectors * lanes.count, PIXELS[lanes.bits][vectors]
-    half, line = most // 2, 64 // lanes.size
+    half, line, ahead = most // 2, 64 // lanes.size, lanes.bits < 512
     # A few pixels less than a tile are made of smaller tiles.
     tile0, tile1, tile2, tile3 = (tile(lanes, count, vectors) for count in (most, half, 2, 1))
     zero = zeros(lanes, vectors)
@@ -91,16 +91,24 @@ def _multiplier(lanes: Lanes, vectors: int) -> Any:
             a, place, last = weights + o0 * panel, y + size * o0 * width, O_ - o0 * width
             bias = finish + size * (2 + final * (width + g * padded + o0 * width))
             floor = finish + size * final
+            following, rate, share = a, 0, panel
+            if ahead and get(arguments, COPY_Y) == 0 and get(arguments, SYW) == size * O_:
+                # What the next tile writes, fetched evenly over the panels and their products: memory that is only
+                # written is waited for like any other.
+                share = made * size * O_ // (o1 - o0)
+                following = y + size * get(j, 0) + made * size * O_
+                rate = min((share // size + products - 1) // products, line // 4)
             for _ in range(o0, o1):
                 if made == most:
-                    tile0((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, a, 0))
+                    tile0((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, following, rate))
                 elif made == half:
-                    tile1((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, a, 0))
+                    tile1((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, following, rate))
                 elif made == 2:
-                    tile2((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, a, 0))
+                    tile2((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, following, rate))
                 else:
-                    tile3((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, a, 0))
+                    tile3((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, following, rate))
                 a += panel
+                following += share
                 place += size * width
                 bias += size * width * final
                 last -= width
