@@ -36,6 +36,7 @@ DENSE = [
     last("strip", (2, 9, 17, 5), (50, 5, 3, 3), True, padding=1),
     last("strip_strided", (1, 12, 40, 3), (50, 3, 7, 7), padding=((3, 2), (0, 3)), stride=2, activation="relu"),
     last("strip_dilated", (1, 13, 20, 31), (50, 31, 3, 2), padding=2, dilation=(2, 3)),
+    last("strip_short_runs", (1, 6, 9, 3), (50, 3, 3, 3), padding=2, dilation=2),
     last("strip_long_rows", (1, 4, 17, 101), (50, 101, 2, 3), padding=(0, 1), padding_value=-1),
     last("grouped", (2, 6, 7, 10), (100, 5, 3, 3), True, padding=1, groups=2),
     last("taps", (3, 7, 7, 130), (50, 130, 3, 3), True, padding=1, activation="relu"),
