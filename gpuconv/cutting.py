@@ -1,9 +1,10 @@
 """How a problem on host arrays is cut into pieces that go through a GPU one after the other.
 
 A piece is some images, or some rows of the result of one image, and all that they read. The pieces of a weight gradient
-are some images, or rows, of both operands: each gives a sum over its own pixels, and these are added up on the GPU. How
-it is cut, and with that how its sums are split, depends on the problem alone, so that the same call gives the same bits
-whatever memory is free.
+are some images, or rows, of both operands: each gives a sum over its own pixels, and these are added up on the GPU. Of
+an operand that is on the GPU already a piece reads its share there. How a problem is cut, and with that how its sums
+are split, depends on it and on which operands are the host's, so that the same call gives the same bits whatever memory
+is free.
 """
 
 from __future__ import annotations
@@ -63,29 +64,43 @@ class Piece:
     images: slice
     rows: slice | None = None  # of y; None for all
     last: bool = False
+    hosts: tuple[int, ...] = (0, 1)  # the operands that are in host memory, by number
 
     @property
     def x_bytes(self) -> int:
         """Bytes that go up."""
-        return sent(self.plan.problem)[-1].stop
+        return _stop(sent(self.plan.problem, self.hosts))
 
     @property
     def y_bytes(self) -> int:
-        """Bytes that come down; of a weight gradient with the last piece, the sum of all."""
+        """Bytes that come down; of a weight gradient with the last piece, the sum of all, if the host is to have it."""
         problem = self.plan.problem
         if problem.op == "weight_grad":
-            return total(problem).stop if self.last else 0
+            return total(problem).stop if self.last and 0 in self.hosts else 0
         return made(problem).stop
 
 
-def sent(problem: Conv2dProblem) -> tuple[Place, ...]:
-    """Where the operands that go up with a piece lie in its memory."""
+def sent(problem: Conv2dProblem, hosts: tuple[int, ...] = (0, 1)) -> dict[int, Place]:
+    """Where the operands that go up with a piece lie in its memory, by number: those of ``hosts`` that are cut."""
     x, y = _shapes(problem)
-    forwards = problem.op in ("forward", "unfold", "weight_grad")
-    first = _image(problem, 0, x if forwards else y, problem.x_dtype)
-    if problem.op != "weight_grad":
-        return (first,)
-    return first, _image(problem, -(-first.stop // ALIGN) * ALIGN, y, problem.k_dtype)
+    operands = [(x if problem.op in ("forward", "unfold", "weight_grad") else y, problem.x_dtype)]
+    if problem.op == "weight_grad":
+        operands.append((y, problem.k_dtype))
+    found: dict[int, Place] = {}
+    for number, (shape, dtype) in enumerate(operands):
+        if number in hosts:
+            found[number] = _image(problem, -(-_stop(found) // ALIGN) * ALIGN, shape, dtype)
+    return found
+
+
+def _stop(places: dict[int, Place]) -> int:
+    """The byte after the last one of all."""
+    return max((place.stop for place in places.values()), default=0)
+
+
+def beside(problem: Conv2dProblem) -> Place:
+    """Where the rows of x that a piece of a weight gradient reads lie, when they are of an image on the GPU."""
+    return sent(problem, (0,))[0]
 
 
 def made(problem: Conv2dProblem) -> Place:
@@ -117,29 +132,31 @@ def _image(problem: Conv2dProblem, start: int, shape: tuple[int, ...], dtype: st
     return Place(start, shape, (0, 3, 4, 1, 2) if last else (0, 1, 2, 3, 4), dtype)
 
 
-def cut(name: str, problem: Conv2dProblem, target: Target, limit: int) -> list[Piece] | None:
-    """The pieces in which implementation ``name`` is to make ``problem`` within ``limit`` bytes of scratch each; None
-    where it is too small to be cut, or cannot be.
+def cut(
+    name: str, problem: Conv2dProblem, target: Target, limit: int, hosts: tuple[int, ...] = (0, 1)
+) -> list[Piece] | None:
+    """The pieces in which implementation ``name`` is to make ``problem`` within ``limit`` bytes of scratch each, its
+    operands ``hosts`` in host memory; None where these are too few bytes to be cut, or cannot be.
     """
     if problem.N == 0:
         return None
     one = replace(problem, N=1)
-    image = _load(one)
+    image = _load(one, hosts)
     whole = problem.N * image
     if whole < _PIECES * _LEAST:
         return None
     size = min(_MOST, whole // _PIECES)
-    beside = 0
+    kept, y_dtype = 0, problem.y_dtype
     if problem.op == "weight_grad":
         problem = replace(problem, y_dtype=problem.sum_dtype)  # rounded when all is added up
-        beside = made(problem).stop + total(problem).stop
+        kept = made(problem).stop + total(problem).stop
     else:
         # The default limit allows the largest pieces; a lower one, which memory may be too short for more than, less.
         size = min(size, _MOST * limit // schedule.DEFAULT_WORKSPACE)
     size = max(size, _LEAST)
     images, rows = max(size // max(image, 1), 1), None
     if image > size and (problem.op == "weight_grad" or (problem.op == "forward" and name in _BY_ROWS)):
-        rows = _rows(one, size)
+        rows = _rows(one, size, hosts)
         rows = None if rows == problem.OH else rows
     # Even shares: 10 images in pieces of 9 would be 9 and 1.
     images = -(-problem.N // -(-problem.N // images))
@@ -154,20 +171,23 @@ def cut(name: str, problem: Conv2dProblem, target: Target, limit: int) -> list[P
         if rows is not None:
             part = _of_rows(part, i.stop - i.start)
         if part not in planned:
-            if implementation.unsupported(part, target):
+            # Whether a type is served is asked of the result: tensor cores may make sums that will be rounded.
+            if implementation.unsupported(replace(part, y_dtype=y_dtype), target):
                 return None
+            taken = kept + (beside(part).stop if rows is not None and 0 not in hosts else 0)
             try:
-                planned[part] = implementation.plan(part, target, limit - beside)
+                planned[part] = implementation.plan(part, target, limit - taken)
             except MemoryError:
                 return None
         last = (n.stop, i.stop) == extents
-        pieces.append(Piece(planned[part], n, None if rows is None else i, last))
+        pieces.append(Piece(planned[part], n, None if rows is None else i, last, hosts))
     return pieces if len(pieces) > 1 and on_their_way(pieces, 2) <= RING else None
 
 
 def sizes(pieces: list[Piece]) -> tuple[int, int]:
-    """The most bytes that go up, and that come down, with one piece."""
-    return max(piece.x_bytes for piece in pieces), max(piece.y_bytes for piece in pieces)
+    """The most bytes that go up with one piece, and that its result takes; of a weight gradient, the sum of all."""
+    results = [total(pieces[0].plan.problem).stop] if adds_up(pieces) else [piece.y_bytes for piece in pieces]
+    return max(piece.x_bytes for piece in pieces), max(results)
 
 
 def on_their_way(pieces: list[Piece], count: int) -> int:
@@ -192,16 +212,16 @@ def described(pieces: list[Piece]) -> str:
     return told + f"and {first.y_bytes / 2**20:.3g} MiB up and down at a time."
 
 
-def _load(problem: Conv2dProblem) -> int:
+def _load(problem: Conv2dProblem, hosts: tuple[int, ...]) -> int:
     """Bytes that go up with a problem or come down with it, whichever are more; sums come down but once."""
-    up = sum(place.stop - place.start for place in sent(problem))
+    up = sum(place.stop - place.start for place in sent(problem, hosts).values())
     return up if problem.op == "weight_grad" else max(up, made(problem).stop)
 
 
-def _rows(problem: Conv2dProblem, size: int) -> int:
+def _rows(problem: Conv2dProblem, size: int, hosts: tuple[int, ...]) -> int:
     """Rows of y that make a piece of ``size`` bytes; more where their windows overlap too much to be cut."""
     steps = geometry.table_steps(problem.KH, problem.OH, problem.stride[0], problem.dilation[0])
-    rows = schedule.halved(problem.OH, lambda rows: _load(_of_rows(problem, rows)) <= size)
+    rows = schedule.halved(problem.OH, lambda rows: _load(_of_rows(problem, rows), hosts) <= size)
     # What a piece reads again that the one before has read: about a quarter of what it reads, at most.
     halo = max(geometry.span(problem.KH, 1, steps) - steps[0], 0)
     rows = min(max(rows, 4 * halo // steps[0]), problem.OH)

@@ -387,7 +387,7 @@ x_zero_point, k_zero_point, dtype, precision, out
         note = _joined(blocks, str(error))
         return Explanation(problem, target, None, None, _table(problem, target, backend, limit, None), note)
     table = _table(problem, target, backend, limit, choice)
-    pieces = request.pieces_of(problem, home is None, choice, target, limit)
+    pieces = request.pieces_of(problem, (0, 1) if home is None else (), choice, target, limit)
     if pieces is not None:
         from gpuconv import cutting
 

@@ -153,9 +153,9 @@ def conv2d_weight(
     -----
     Each element sums ``N · OH · OW`` products. It takes as many operations as the convolution.
 
-    NumPy arrays of 16 MiB and more go through a GPU in pieces, so that they may be larger than its memory. Their sums
-    are added up there, in float64 (complex128) where they are of floating point, and rounded once; how they are split
-    depends on the problem alone.
+    NumPy arrays of 16 MiB and more go through a GPU in pieces, so that they may be larger than its memory, also where
+    the other operand is on it. Their sums are added up there, in float64 (complex128) where they are of floating point,
+    and rounded once; how they are split depends on the problem and on which operands are NumPy's alone.
 
     Examples
     --------

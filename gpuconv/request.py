@@ -35,14 +35,10 @@ class Request:
     lift: Callable[[Array], Array] | None = None  # the view of a result of this shape that is an image or a kernel
 
     @property
-    def streamed(self) -> tuple[Operand | None, ...]:
-        """The operands that are cut where a call is cut into pieces."""
-        return (self.first, self.second) if self.problem.op == "weight_grad" else (self.first,)
-
-    @property
-    def on_host(self) -> bool:
-        """Whether these are in host memory."""
-        return all(operand is not None and operand.device is None for operand in self.streamed)
+    def hosts(self) -> tuple[int, ...]:
+        """Numbers of the operands in host memory that are cut where a call is cut into pieces."""
+        cut = (self.first, self.second) if self.problem.op == "weight_grad" else (self.first,)
+        return tuple(n for n, operand in enumerate(cut) if operand is not None and operand.device is None)
 
 
 def forward(
@@ -230,7 +226,7 @@ def _with_less(
     """What to try, and with which limit, where memory is shorter than ``limit`` says: smaller pieces or chunks, or an
     implementation that needs less; None where there is nothing.
     """
-    smaller_pieces = [pieces_of(request.problem, request.on_host, choice, target, room) for room in (limit, limit // 4)]
+    smaller_pieces = [pieces_of(request.problem, request.hosts, choice, target, room) for room in (limit, limit // 4)]
     if limit and None not in smaller_pieces:
         return choice, limit // 4
     limit = choice.plan.workspace // 4
@@ -319,7 +315,7 @@ def execute(
     """
     problem, home = request.problem, request.first.device
     implementation = dispatch.implementation(choice.name)
-    pieces = pieces_of(problem, request.on_host, choice, target, limit)
+    pieces = pieces_of(problem, request.hosts, choice, target, limit)
     # A kernel of our own takes host arrays as they are, in pieces too where there is no CuPy; everything else on a GPU
     # takes CuPy arrays.
     ordinal = target.ordinal
@@ -336,17 +332,17 @@ def execute(
             if operand is not None and operand.device is not None:
                 arrays.wait_for(source, operand.device)
 
-        def moved(operand: Operand | None) -> Array | None:
+        def moved(operand: Operand | None, number: int | None = None) -> Array | None:
             if operand is None:
                 return None
-            if pieces is not None and any(operand is other for other in request.streamed):
+            if pieces is not None and number in request.hosts:
                 return operand.array
             return arrays.to_host(operand.array) if ordinal is None else arrays.to_device(operand.array, ordinal)
 
         def kept(key: Any, make: Callable[[], Any]) -> Any:
             return make() if keeper is None else keeper.kept((key, ordinal, target.ordinal), make, target.ordinal)
 
-        held = ordinal if pieces is None else home  # where the result is written
+        held = None if pieces is not None and home is None else ordinal  # where the result is written
         in_place = out is not None and home == held
         y = out if in_place else _empty(request.shape, dtypes.numpy_dtype(problem.y_dtype), held)
         result = view(problem, 2, y if request.lift is None else request.lift(y))
@@ -355,9 +351,9 @@ def execute(
         if points is not None:
             points = np.broadcast_to(points, (problem.O,)).astype(np.int64)
         if problem.result_size and problem.products:
-            second = kept("second", lambda: moved(request.second))
+            second = kept("second", lambda: moved(request.second, 1))
             operands = Operands(
-                view(problem, 0, moved(request.first)),
+                view(problem, 0, moved(request.first, 0)),
                 None if second is None else view(problem, 1, second),
                 bias,
                 points if ordinal is None or points is None else arrays.to_device(points, ordinal),
@@ -396,16 +392,14 @@ def execute(
 
 
 def pieces_of(
-    problem: Conv2dProblem, on_host: bool, choice: dispatch.Choice, target: Target, limit: int
+    problem: Conv2dProblem, hosts: tuple[int, ...], choice: dispatch.Choice, target: Target, limit: int
 ) -> list[Piece] | None:
-    """The pieces in which operands that are ``on_host`` go through a GPU; None where they are moved whole."""
-    if target.device == "cpu" or not on_host or not problem.products:
-        return None
-    if problem.op in ("unfold", "fold") and not dispatch.has_cupy():  # whose kernels by Numba take arrays
+    """The pieces in which the operands ``hosts`` go through a GPU; None where they are moved whole."""
+    if target.device == "cpu" or not hosts or not problem.products:
         return None
     from gpuconv import cutting
 
-    return cutting.cut(choice.name, problem, target, limit)
+    return cutting.cut(choice.name, problem, target, limit, hosts)
 
 
 def _cast_bias(bias: Array | None, problem: Conv2dProblem) -> Array | None:

@@ -11,7 +11,8 @@ its result is downloaded into page-locked memory, from where the host copies it 
 are on a GPU at a time, whatever the size of the arrays.
 
 The pieces of a weight gradient share one place for their results, to which each adds its own, in their order; it comes
-down once, with the last.
+down once, with the last. Where one of its operands is on the GPU already, only the other goes up; where that one is x,
+so is the result, and nothing comes down.
 
 ``run`` is the order of all this, over ``Lanes``: it knows nothing of GPUs.
 """
@@ -30,7 +31,7 @@ from gpuconv import debug, dispatch, pinned
 from gpuconv.arrays import Array
 from gpuconv.backends import tables
 from gpuconv.backends.protocol import Operands, Plan
-from gpuconv.cutting import RING, Piece, adds_up, made, on_their_way, sent, sizes, total
+from gpuconv.cutting import RING, Piece, adds_up, beside, made, on_their_way, sent, sizes, total
 from gpuconv.problem import Conv2dProblem
 
 UPLOAD, COMPUTE, DOWNLOAD = "upload", "compute", "download"
@@ -141,10 +142,10 @@ def compute(
     y: np.ndarray[Any, Any],
     pack: Callable[[Plan, Operands], Any],
 ) -> None:
-    """Write the result into the host array ``y``, computing on CuPy's current stream where there is CuPy.
+    """Write the result into ``y``, computing on CuPy's current stream where there is CuPy.
 
-    Of ``operands`` the first is a host array, and of a weight gradient the second; without CuPy all are. ``pack`` makes
-    of a kernel what ``run`` wants.
+    Of ``operands`` those are host arrays that the pieces say are, and without CuPy all; ``y`` is where the first is.
+    ``pack`` makes of a kernel what ``run`` wants.
     """
     implementation = dispatch.implementation(name)
     row_table = problem.tables()[0]
@@ -153,22 +154,30 @@ def compute(
     packing = problem.op == "forward" or (problem.op == "input_grad" and not dispatch.has_cupy())
     packs: dict[Any, Any] | None = {} if packing else None
 
+    def rows_of_x(piece: Piece, count: int) -> Any:
+        """Which rows of x a piece of rows reads; -1 for the padding."""
+        assert piece.rows is not None
+        return row_table.index[piece.rows.start * row_table.outer :][:count]
+
     def fill(piece: Piece, slot: Slot) -> None:
-        x, *gradient = (place.view(slot.sent) for place in sent(piece.plan.problem))
-        if piece.rows is None:
-            _copy(operands.x[piece.images], x)
-        else:
-            start = piece.rows.start * row_table.outer
-            rows = row_table.index[start : start + x.shape[3]]
-            _copy(operands.x[piece.images], x, rows, piece.plan.problem.fill)
-        for target in gradient:
-            _copy(_rows_of(operands.k[piece.images], piece), target)
+        for number, place in sent(piece.plan.problem, piece.hosts).items():
+            target = place.view(slot.sent)
+            if number == 1:
+                _copy(_rows_of(operands.k[piece.images], piece), target)
+            elif piece.rows is None:
+                _copy(operands.x[piece.images], target)
+            else:
+                rows = rows_of_x(piece, target.shape[3])
+                _copy(operands.x[piece.images], target, rows, piece.plan.problem.fill)
 
     def given(piece: Piece, slot: Slot) -> Operands:
-        x, *gradient = (ring.view(place, slot.x) for place in sent(piece.plan.problem))
-        if gradient:
-            return replace(operands, x=x, k=gradient[0])
-        found = replace(operands, x=x)
+        part = piece.plan.problem
+        uploaded = {number: ring.view(place, slot.x) for number, place in sent(part, piece.hosts).items()}
+        if part.op == "weight_grad":
+            x = uploaded[0] if 0 in uploaded else there(piece)
+            dy = uploaded[1] if 1 in uploaded else _rows_of(operands.k[piece.images], piece)
+            return replace(operands, x=x, k=dy)
+        found = replace(operands, x=uploaded[0])
         if packs is not None:
             key = implementation.pack_key(piece.plan)
             if key not in packs:
@@ -176,26 +185,42 @@ def compute(
             found.packed = packs[key]
         return found
 
+    def there(piece: Piece) -> Array:
+        """What a piece reads of an x on the GPU: a view, or a copy of rows with those of the padding."""
+        if piece.rows is None:
+            return operands.x[piece.images]
+        rows = beside(piece.plan.problem).view(spare)
+        _take_rows(_bits(operands.x[piece.images]), rows_of_x(piece, rows.shape[3]), 0, _bits(rows))
+        return rows
+
     def launch(piece: Piece, slot: Slot) -> None:
         part = piece.plan.problem
         target = ring.view(made(part), slot.y if summand is None else summand)
         implementation.run(piece.plan, given(piece, slot), target)
         if summand is not None:
             ring.add(target, ring.view(total(part), slot.y), piece is pieces[0])
+            if piece.last and not piece.y_bytes:
+                finish(ring.view(total(part), slot.y))
         debug.launched(name, part)
 
     def drain(piece: Piece, slot: Slot) -> None:
         part = piece.plan.problem
         if summand is None:
             _copy(made(part).view(slot.received), _rows_of(y[piece.images], piece))
-        elif piece.last:
-            with np.errstate(all="ignore"):  # a sum may be too large for the type of the result
-                y[...] = total(part).view(slot.received)
+        elif piece.y_bytes:
+            finish(total(part).view(slot.received))
+
+    def finish(sums: Array) -> None:
+        with np.errstate(all="ignore"):  # a sum may be too large for the type of the result
+            y[...] = sums
 
     with _ring(operands.ordinal) as ring:
         operands = replace(operands, stream=ring.begin(operands.stream))
         slots = [Slot(*memory) for memory in _slots(ring, pieces)]
         summand = ring.scratch(made(pieces[0].plan.problem).stop) if adds_up(pieces) else None
+        spare = None
+        if pieces[0].rows is not None and 0 not in pieces[0].hosts:
+            spare = ring.scratch(max(beside(piece.plan.problem).stop for piece in pieces))
         run(pieces, slots, ring, Steps(fill, launch, drain))
 
 
@@ -233,9 +258,9 @@ def _copy(
     source: np.ndarray[Any, Any], target: np.ndarray[Any, Any], rows: Any | None = None, fill: complex = 0
 ) -> None:
     """Copy host arrays of five axes on several threads; ``rows`` are those to take of the source, -1 for ``fill``."""
-    if target.dtype.name == "bfloat16":  # as bits: NumPy holds its global lock for types that are not its own
+    if target.dtype.name == "bfloat16":
         fill = int(np.asarray(fill).astype(target.dtype).view(np.uint16))
-        source, target = source.view(np.uint16), target.view(np.uint16)
+        source, target = _bits(source), _bits(target)
     axis = max(range(4), key=lambda axis: (target.shape[axis], -axis))
 
     def part(start: int, stop: int) -> None:
@@ -248,6 +273,11 @@ def _copy(
             _take_rows(source[at], rows, fill, target[at])
 
     pinned.in_parallel(part, target.shape[axis], target.nbytes)
+
+
+def _bits(array: Array) -> Array:
+    """bfloat16 as bits: NumPy holds its global lock for types that are not its own."""
+    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
 
 def _take_rows(source: np.ndarray[Any, Any], rows: Any, fill: complex, target: np.ndarray[Any, Any]) -> None:

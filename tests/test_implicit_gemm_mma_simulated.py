@@ -22,7 +22,7 @@ if not SIMULATED:
 import simulated_warp
 
 import gpuconv
-from gpuconv import dispatch
+from gpuconv import cutting, dispatch
 from gpuconv.backends.numba_cuda import channels_last, cost, implicit_gemm_mma, implicit_gemm_mma_run, launch
 from gpuconv.backends.numba_cuda import tensor_shape as shapes
 from gpuconv.backends.protocol import Target
@@ -273,6 +273,34 @@ def test_columns_beside_images(images, columns):
     found = gpuconv.grad.conv2d_weight(x, size, dy, backend=NAME, **kwargs)
     wanted = oracle_family.conv2d_weight(x, size, dy, **kwargs)
     assert np.array_equal(found.astype(float), wanted.y.astype(float))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weight_gradient_of_host_arrays_in_pieces(monkeypatch, dtype):
+    """Images, then rows of one; sums of 16-bit products stay in float32 and float64 until all are added up."""
+    monkeypatch.setattr(cutting, "_LEAST", 16)
+    monkeypatch.setattr(cutting, "_MOST", 600)
+    real, cuts = cutting.cut, []
+    monkeypatch.setattr(cutting, "cut", lambda *given: cuts.append(real(*given)) or cuts[-1])
+    kind = cases.numpy_dtype(dtype)
+    for shape in ((3, 1, 8, 8), (1, 1, 24, 8)):
+        x, dy = np.ones(shape, kind), np.zeros(shape, kind)
+        # Pieces of +16384 and -16384 leave the 257 between them, which no 16 bits hold beside either.
+        dy.reshape(-1)[:64], dy.reshape(-1)[128:] = 256, -256
+        dy.reshape(-1)[70] = 256
+        found = gpuconv.grad.conv2d_weight(x, (1, 1, 1, 1), dy, backend=NAME)
+        assert cuts[-1] is not None and len(cuts[-1]) >= 3
+        assert {piece.plan.problem.y_dtype for piece in cuts[-1]} == {"float32"}
+        assert found.dtype == kind and found[0, 0, 0, 0] == 256
+        again = gpuconv.grad.conv2d_weight(x, (1, 1, 1, 1), dy, backend=NAME, workspace_limit=2**20)
+        assert again.tobytes() == found.tobytes()
+
+
+def test_weight_gradient_of_16_bits_as_float32_is_still_refused():
+    """Tensor cores round towards zero what they add up: unseen in 16 bits, but not in float32."""
+    x, dy = gradient_operands("float16", (2, 2, 4, 4), (2, 3, 3, 3))
+    with pytest.raises(gpuconv.NoBackendError, match="got float16 × float16 → float32"):
+        gpuconv.grad.conv2d_weight(x, (3, 2, 2, 2), dy, backend=NAME, dtype="float32")
 
 
 def test_nan_in_a_weight_gradient():

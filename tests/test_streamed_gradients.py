@@ -22,7 +22,7 @@ import units
 from test_streamed import OPTIONS, integers, of_the_stand_in, tiny, whole  # noqa: F401  # tiny is a fixture
 
 import gpuconv
-from gpuconv import pinned
+from gpuconv import arrays, cutting, pinned
 from gpuconv.grad import conv2d_bias, conv2d_weight
 
 TESTS = Path(__file__).parent
@@ -199,6 +199,64 @@ def test_through_a_gpu_that_is_too_small_for_it(tiny):  # noqa: F811
     finally:
         fake_cupy.POOL.set_limit(0)
     np.testing.assert_array_equal(run(), expected)
+
+
+def there(array: np.ndarray) -> arrays.Operand:
+    """An operand that is on the GPU, in the stand-in an array like any other."""
+    import cupy
+
+    return arrays.Operand(cupy.asarray(array), "cupy", 0, array.dtype.name)
+
+
+@of_the_stand_in
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("on_gpu", ["x", "dy"])
+def test_with_one_operand_on_the_gpu_only_the_other_goes_up(tiny, monkeypatch, on_gpu, dtype):  # noqa: F811
+    """Of images, of rows and of rows that read padding and image in turn; the result is where x is."""
+    asked, moved = [], []
+    real = pinned.CupyRing._ask
+    monkeypatch.setattr(pinned.CupyRing, "_ask", lambda *given: asked.append((given[1], given[4])) or real(*given))
+    to_device = arrays.to_device
+    monkeypatch.setattr(arrays, "to_device", lambda *given: moved.append(given[0]) or to_device(*given))
+    far = {"padding": ((20, 19), (0, 0)), "dilation": (100, 1)}
+    for shape, options in [((20, 2, 9, 8), {"padding": 1}), ((1, 2, 240, 5), {"padding": 1, "stride": (2, 1)}),
+                           ((1, 2, 240, 3), far), ((2, 2, 60, 4), {"groups": 2})]:  # fmt: skip
+        k_shape = (2, 2 // options.get("groups", 1), 3, 3)
+        x, dy = operands(shape, k_shape, dtype, **options)
+        expected = conv2d_weight(x, k_shape, dy, backend="numpy.reference", **options)
+        asked.clear(), moved.clear()
+        mixed = (there(x), dy) if on_gpu == "x" else (x, there(dy))
+        result = conv2d_weight(mixed[0], k_shape, mixed[1], backend="cupy.gemm", device="cuda", **options)
+        np.testing.assert_array_equal(result, expected)
+        assert tiny[-1] > 1
+        up = [size for lane, size in asked if lane == "upload"]
+        assert len(up) == tiny[-1] and max(up) <= 1024
+        host = dy if on_gpu == "x" else x
+        assert not any(np.may_share_memory(array, host) for array in moved), "it is not moved whole"
+        assert len([lane for lane, _ in asked if lane == "download"]) == (on_gpu == "dy")
+
+
+@of_the_stand_in
+def test_with_one_operand_on_the_gpu_and_what_may_go_wrong(tiny, monkeypatch):  # noqa: F811
+    """Strided results, NaN, the other layout, a missing wait; a host operand too small to be cut is moved whole."""
+    x, dy = operands((20, 2, 9, 8), (4, 2, 3, 3), padding=1)
+    x[7, 1, 3, 3] = np.nan
+    expected = conv2d_weight(x, (4, 2, 3, 3), dy, padding=1, backend="numpy.reference")
+    out = np.full((4, 2, 3, 6), 77, np.float32)
+    conv2d_weight(x, (4, 2, 3, 3), there(dy), padding=1, device="cuda", out=out[..., ::-2])
+    np.testing.assert_array_equal(out[..., ::-2], expected)
+    assert (out[..., ::2] == 77).all() and tiny[-1] > 1
+    last = [np.ascontiguousarray(np.moveaxis(array, 1, -1)) for array in (x, dy)]
+    run = partial(conv2d_weight, there(last[0]), (4, 2, 3, 3), last[1], padding=1, layout="NHWC", backend="cupy.gemm")
+    np.testing.assert_array_equal(run(), expected)
+    assert tiny[-1] > 1
+    with monkeypatch.context() as patch:
+        patch.setattr(pinned.CupyRing, "wait", lambda *_: None)
+        assert not np.array_equal(run(), expected, equal_nan=True)
+    pinned.release()
+    monkeypatch.setattr(cutting, "_LEAST", 2**20)
+    np.testing.assert_array_equal(run(), expected)
+    assert tiny[-1] == 0
 
 
 @of_the_stand_in
