@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -68,6 +69,42 @@ def driver_too_old(facts: Facts) -> str | None:
     )
 
 
+# What an error of the driver's says, in any spelling of CUDA's two interfaces, and what to do.
+_REMEDIES = (
+    ("nodevice", "see nvidia-smi -L, and where it lists none install NVIDIA's driver; a GPU in MIG mode needs an "
+     "instance (nvidia-smi mig -lgi), a container --gpus all"),
+    ("invaliddevice", "see nvidia-smi -L for the GPUs that there are"),
+    ("insufficientdriver", "install a newer NVIDIA driver"),
+    ("systemdrivermismatch", "the driver's library and its kernel module are of two versions, as after an update; "
+     "reboot, or install NVIDIA's driver again"),
+    ("systemnotready", "NVIDIA's fabric manager is not running; install it, or systemctl start nvidia-fabricmanager"),
+    ("compatnotsupported", "the libcuda.so of a cuda-compat package is not for this GPU; take it off LD_LIBRARY_PATH, "
+     "and install a newer NVIDIA driver"),
+    ("deviceunavailable", "another process has the GPU to itself; see nvidia-smi, and nvidia-smi -c DEFAULT"),
+    ("cudaerrorunknown", "the driver's state is broken; see nvidia-smi, and reboot or reload nvidia_uvm"),
+    ("cannotbefound", "install NVIDIA's driver, or run on a machine with a GPU; a container needs --gpus all"),
+)  # fmt: skip
+_USUAL_REMEDY = "install NVIDIA's driver, or run on a machine with a GPU"
+
+
+def remedy(cause: str) -> str:
+    """What to do where no GPU is usable for ``cause``, an error's words."""
+    words = "".join(filter(str.isalpha, cause.lower())).replace("nogpu", "nodevice")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and ("nodevice" in words or "invaliddevice" in words):
+        return (
+            f"CUDA_VISIBLE_DEVICES={visible!r} names no GPU that is there; unset it, or name some as nvidia-smi -L "
+            "lists them (those of MIG by their UUIDs)"
+        )
+    return next((advice for known, advice in _REMEDIES if known in words), _USUAL_REMEDY)
+
+
+def broken_import(library: str, error: Exception) -> str:
+    """That a library is installed and cannot be imported, on a line."""
+    said = next(iter(str(error).strip().splitlines()), "")
+    return f"{library} is installed and cannot be imported ({type(error).__name__}: {said})"
+
+
 def _instead(installed: list[str], major: int) -> str:
     remove = f"pip uninstall -y {' '.join(installed)} and " if installed else ""
     return f'{remove}pip install "gpuconv[cuda{major}]"'
@@ -99,11 +136,14 @@ def _driver() -> Version | None:
         return of_integer(int(cupy.cuda.runtime.driverGetVersion()))
     try:
         from numba.cuda.cudadrv import driver
-    except ImportError:  # Numba's CUDA target is not there, or is the simulator
+    except Exception:  # Numba's CUDA target is not there, cannot be imported, or is the simulator
         return None
-    if not getattr(driver.driver, "is_available", False):
+    try:
+        if not getattr(driver.driver, "is_available", False):
+            return None
+        major, minor = driver.driver.get_version()
+    except Exception:  # Numba's way to say that there is no GPU, where there is a driver
         return None
-    major, minor = driver.driver.get_version()
     return int(major), int(minor)
 
 

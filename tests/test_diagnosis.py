@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.abc
+import shutil
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
+import calls
 import numpy as np
 import pytest
 
@@ -104,6 +108,140 @@ def test_why_cupy_is_not_usable(monkeypatch, driver, runtime, count, said):
     assert reason is not None
     assert said in reason
     assert "install" in reason
+
+
+# What CUDA's two interfaces say, with the word that its remedy must have.
+CAUSES = [
+    ("cudaErrorNoDevice: no CUDA-capable device is detected", "mig -lgi"),
+    ("Error at driver init: Call to cuInit results in CUDA_ERROR_NO_DEVICE (100)", "mig -lgi"),
+    ("cudaErrorInsufficientDriver: CUDA driver version is insufficient", "newer NVIDIA driver"),
+    ("cudaErrorSystemDriverMismatch: system has unsupported display driver", "reboot"),
+    ("Call to cuInit results in CUDA_ERROR_SYSTEM_NOT_READY", "fabricmanager"),
+    ("CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE", "LD_LIBRARY_PATH"),
+    ("cudaErrorDevicesUnavailable: all CUDA-capable devices are busy, CUDA_ERROR_DEVICE_UNAVAILABLE", "nvidia-smi -c"),
+    ("cudaErrorUnknown: unknown error", "nvidia_uvm"),
+    ("CUDA driver library cannot be found", "--gpus all"),
+    ("something new", "install NVIDIA's driver"),
+]
+
+
+@pytest.mark.parametrize(("cause", "word"), CAUSES)
+def test_each_error_of_the_driver_has_its_remedy(monkeypatch, cause, word):
+    """For Numba and for CuPy; a variable that hides the GPUs is named where it may be the cause, and nowhere else."""
+    from gpuconv.backends.numba_cuda import launch
+
+    def refuse(*given):
+        raise RuntimeError(cause)
+
+    monkeypatch.setattr(launch.convert, "simulated", lambda: False)
+    monkeypatch.setattr(launch, "_no_gpu", refuse)
+    monkeypatch.setitem(sys.modules, "cupy", stand_in(13000, 13000, cause))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    pytest.importorskip("numba.cuda")
+    for reason in (launch.unavailable(), cupy_gemm.unavailable.__wrapped__()):
+        assert cause in reason and word in reason.partition(cause)[2]
+        assert "CUDA_VISIBLE_DEVICES" not in reason
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for reason in (launch.unavailable(), cupy_gemm.unavailable.__wrapped__()):
+        hidden = "CUDA_VISIBLE_DEVICES='' names no GPU" in reason and "unset it" in reason
+        assert hidden == ("no_device" in cause.lower() or "nodevice" in cause.lower())
+
+
+def test_without_a_driver_cupy_asks_for_one_rather_than_for_a_newer_one(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", stand_in(0, 13020, INSUFFICIENT))
+    assert "install NVIDIA's driver" in cupy_gemm.unavailable.__wrapped__()
+
+
+class Unimportable(importlib.abc.MetaPathFinder):
+    """Says of one module what a broken installation says."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        self.name, self.error = name, error
+
+    def find_spec(self, name, *rest):
+        if name == self.name:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ImportError("libnvrtc.so.13: cannot open shared object file"), ModuleNotFoundError("No module named 'cuda'")],
+)
+def test_libraries_that_cannot_be_imported(monkeypatch, error):
+    """A broken installation is a reason, not an error of every call; with its own words and a remedy."""
+    from gpuconv.backends.numba_cuda import launch
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cupy" or name == "numba.cuda"]:
+        monkeypatch.delitem(sys.modules, name)
+    finders = [Unimportable("cupy", error), Unimportable("numba.cuda", error)]
+    monkeypatch.setattr(sys, "meta_path", [*finders, *sys.meta_path])
+    for library, reason in (("CuPy", cupy_gemm.unavailable.__wrapped__()), ("numba-cuda", launch.unavailable())):
+        assert f"{library} is installed and cannot be imported ({type(error).__name__}: {error})" in reason
+        assert 'pip install "gpuconv[cuda13]"' in reason
+
+
+def test_numba_without_its_compiler(monkeypatch):
+    pytest.importorskip("numba.cuda")
+    from gpuconv.backends.numba_cuda import launch
+
+    if launch.convert.simulated():
+        pytest.skip("the simulator needs none")
+    from numba.cuda.cudadrv import nvvm
+
+    monkeypatch.setattr(launch, "_no_gpu", lambda *given: None)
+    monkeypatch.setattr(nvvm, "is_available", lambda: False)
+    assert "NVVM" in launch.unavailable() and 'pip install "gpuconv[cuda13]"' in launch.unavailable()
+
+
+NO_DEVICE = r"""
+#include <string.h>
+int cuInit(unsigned flags) { return 100; }
+int cuDriverGetVersion(int* version) { *version = 13000; return 0; }
+int cuGetErrorName(int error, const char** name) { *name = "CUDA_ERROR_NO_DEVICE"; return 0; }
+int cuGetErrorString(int error, const char** text) { *text = "no CUDA-capable device is detected"; return 0; }
+int cuGetProcAddress_v2(const char* name, void** found, int version, unsigned long long flags, int* state) {
+    *found = !strcmp(name, "cuInit") ? (void*)cuInit : !strcmp(name, "cuDriverGetVersion") ? (void*)cuDriverGetVersion
+           : !strcmp(name, "cuGetErrorName") ? (void*)cuGetErrorName
+           : !strcmp(name, "cuGetErrorString") ? (void*)cuGetErrorString
+           : !strncmp(name, "cuGetProcAddress", 16) ? (void*)cuGetProcAddress_v2 : 0;
+    if (state) *state = *found == 0;
+    return *found ? 0 : 500;
+}
+int cuGetProcAddress(const char* name, void** found, int version, unsigned long long flags) {
+    return cuGetProcAddress_v2(name, found, version, flags, 0);
+}
+"""
+
+WITHOUT_A_DEVICE = """
+import warnings, numpy as np, gpuconv
+report = gpuconv.info()
+assert report.gpus == ()
+print(report.implementations["numba_cuda.direct"])
+x, k = np.ones((1, 1, 4, 4), "f"), np.ones((1, 1, 3, 3), "f")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert (gpuconv.conv2d(x, k, device="cuda") == 9).all()
+    assert (gpuconv.conv2d(x, k, device="auto") == 9).all()
+assert [type(warning.message).__name__ for warning in caught] == ["DeviceFallbackWarning"]
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a libcuda.so of Linux")
+def test_a_driver_without_a_device(tmp_path):
+    """As with an empty CUDA_VISIBLE_DEVICES: Numba raises where it is asked whether it is available."""
+    pytest.importorskip("numba_cuda")
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    (tmp_path / "driver.c").write_text(NO_DEVICE)
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", str(library), str(tmp_path / "driver.c")], check=True)
+    said = calls.child(
+        WITHOUT_A_DEVICE, limit=120, LD_LIBRARY_PATH=str(tmp_path), NUMBA_CUDA_DRIVER=str(library),
+        CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    assert "CUDA_ERROR_NO_DEVICE" in said
+    assert "CUDA_VISIBLE_DEVICES='' names no GPU that is there; unset it" in said
 
 
 def test_cupy_without_cublas(monkeypatch):

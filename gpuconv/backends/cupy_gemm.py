@@ -39,8 +39,10 @@ def unavailable() -> str | None:
         import cupy
     except ModuleNotFoundError as error:
         if error.name != "cupy":
-            raise
+            return f"{diagnosis.broken_import('CuPy', error)}; {_REMEDY}"
         return f"CuPy is not installed; {_REMEDY}"
+    except Exception as error:
+        return f"{diagnosis.broken_import('CuPy', error)}; {_REMEDY}"
     try:
         problem = "" if cupy.cuda.runtime.getDeviceCount() > 0 else "no GPU"
     except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -52,7 +54,13 @@ def unavailable() -> str | None:
             return f"CuPy finds no cuBLAS ({str(error).splitlines()[0]}); {_REMEDY}"
         return None
     too_old = diagnosis.driver_too_old(diagnosis.facts({}))
-    return too_old or f"CuPy finds no usable GPU ({problem}); install NVIDIA's driver, or run on a machine with a GPU"
+    return too_old or f"CuPy finds no usable GPU ({problem}); {diagnosis.remedy(_cause(problem))}"
+
+
+def _cause(problem: str) -> str:
+    """The error's words; without a driver its version is 0, and CUDA finds that insufficient."""
+    missing = diagnosis.facts({}).driver is None and "InsufficientDriver" in problem
+    return "driver cannot be found" if missing else problem
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import arrays, dtypes
+from gpuconv import arrays, diagnosis, dtypes
 from gpuconv.backends.numba_cuda import convert, ptx
 
 MAX_GRID_X = 2**31 - 1
@@ -29,22 +29,35 @@ def unavailable() -> str | None:
         cuda = importlib.import_module("numba.cuda")
     except ModuleNotFoundError as error:
         if error.name not in ("numba", "numba.cuda", "numba_cuda"):
-            raise
+            return f"{diagnosis.broken_import('numba-cuda', error)}; {_REMEDY}"
         return f"Numba's CUDA target, numba-cuda, is not installed; {_REMEDY}"
+    except Exception as error:
+        return f"{diagnosis.broken_import('numba-cuda', error)}; {_REMEDY}"
     if convert.simulated():
         return None
-    from numba.cuda.cudadrv import driver, nvvm
-
-    if not driver.driver.is_available:
+    try:
+        cause = _no_gpu(cuda)
+    except Exception as error:  # so Numba says that there is no device, where there is a driver
+        cause = str(error)
+    if cause is not None:
         # Numba's text begins with the cause; advice follows.
-        lines = [line.strip(" .:") for line in str(driver.driver.initialization_error).splitlines() if line.strip()]
+        lines = [line.strip(" .:") for line in cause.splitlines() if line.strip()]
         cause = lines[0] if lines else "no CUDA driver"
-        return f"no usable GPU ({cause}); install NVIDIA's driver, or run on a machine with a GPU"
-    if len(cuda.gpus) == 0:
-        return "the CUDA driver reports no GPU; see nvidia-smi and CUDA_VISIBLE_DEVICES"
+        return f"no usable GPU ({cause}); {diagnosis.remedy(cause)}"
+    from numba.cuda.cudadrv import nvvm
+
     if not nvvm.is_available():
         return f"NVVM, the CUDA compiler that Numba uses, is missing; {_REMEDY}"
     return None
+
+
+def _no_gpu(cuda: Any) -> str | None:
+    """What Numba says of a driver or a GPU that is not there; None where both are."""
+    from numba.cuda.cudadrv import driver
+
+    if not driver.driver.is_available:
+        return str(driver.driver.initialization_error)
+    return None if len(cuda.gpus) else "the CUDA driver reports no GPU"
 
 
 @dataclass
