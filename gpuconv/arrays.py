@@ -181,6 +181,18 @@ def is_dask(value: Any) -> bool:
     return library is not None and isinstance(value, getattr(library, "Array", ()))
 
 
+def is_shape(value: Any) -> bool:
+    """Whether an argument is a shape that stands for an array."""
+    integers = (int, np.integer)
+    return isinstance(value, tuple) and all(isinstance(n, integers) and not isinstance(n, bool) for n in value)
+
+
+def at_hand(call: str, name: str, value: Any) -> Operand | None:
+    """An argument that is an array, as an operand; None where something stands for one."""
+    stands = value is None or isinstance(value, (bool, str)) or is_shape(value) or is_dask(value)
+    return None if stands else operand(call, name, value)
+
+
 def _cupy(call: str, name: str) -> Any:
     try:
         import cupy

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from gpuconv import dtypes, geometry, preference
+from gpuconv import dtypes, geometry, magnitudes, preference
 from gpuconv.backends.protocol import Implementation, Plan, Target
 from gpuconv.errors import DeviceFallbackWarning, NoBackendError
 from gpuconv.problem import Conv2dProblem
@@ -94,6 +94,15 @@ def digits_matter(problem: Conv2dProblem, target: Target, backend: str | None) -
         and problem.op in ("forward", "input_grad")
         and dtypes.is_integer(problem.y_dtype)
         and (backend is None or library_of(backend) == "numba_cpu")
+    )
+
+
+def sums_matter(problem: Conv2dProblem, target: Target) -> bool:
+    """Whether the values of x decide that, too: where by its type, or a bias, 64-bit sums may be too large for it."""
+    return (
+        problem.y_dtype == "int64"
+        and not (problem.x_zero_point or problem.k_zero_point)
+        and (problem.bias or problem.largest_sum(0, target.k_digits) > 1 << magnitudes.DIGITS)
     )
 
 

@@ -335,10 +335,10 @@ x_zero_point, k_zero_point, dtype, precision, out
                 precision=precision, op=op, conjugate=op != "forward",
             )  # fmt: skip
         request.check_zero_points(call, zero_points, problem)
-        if _is_shape(bias):
-            bias = np.broadcast_to(np.zeros((), dtypes.numpy_dtype("float32" if "float" in x_dtype else "int8")), bias)
-        if bias is not None and not isinstance(bias, bool):
-            request.check_bias(call, _bias(call, bias, lazy), problem)
+        zeros = np.zeros((), dtypes.numpy_dtype("float32" if "float" in x_dtype else "int8"))
+        stands_for = np.broadcast_to(zeros, bias) if arrays.is_shape(bias) else bias
+        if stands_for is not None and not isinstance(stands_for, bool):
+            request.check_bias(call, _bias(call, stands_for, lazy), problem)
     whole = problem
     if not isinstance(x, str) and lazy:
         from gpuconv import blocked
@@ -378,9 +378,9 @@ x_zero_point, k_zero_point, dtype, precision, out
         if target.device == "cpu":
             copies = request.copied_to_swap((x, k), limit)
             target, limit = replace(target, swapped=copies is None), limit - (copies or 0)
-        if not (_is_shape(k) or k is None or arrays.is_dask(k)):
-            kernel = arrays.operand(call, "k", k)
-            target, _ = request.told_by_values(problem, target, backend, kernel, whole=whole)
+        image, kernel, offset = (arrays.at_hand(call, *named) for named in (("x", x), ("k", k), ("bias", bias)))
+        image = None if op == "input_grad" else image  # for which x is not what is convolved
+        target, _ = request.told_by_values(problem, target, backend, kernel, None, whole, image, offset)
     try:
         choice = dispatch.choose(call, problem, target, backend, limit)
     except (NoBackendError, MemoryError) as error:
@@ -419,12 +419,6 @@ def _check_op(call: str, op: Any, given: dict[str, Any]) -> None:
             raise ValueError(f"{call}: {name} has no meaning with op={op!r}; got {value!r}")
 
 
-def _is_shape(value: Any) -> bool:
-    """Whether an argument is a shape that stands for an array."""
-    integers = (int, np.integer)
-    return isinstance(value, tuple) and all(isinstance(n, integers) and not isinstance(n, bool) for n in value)
-
-
 def _joined(*notes: str | None) -> str | None:
     """The notes that there are, one after the other."""
     return "\n".join(note for note in notes if note) or None
@@ -443,7 +437,7 @@ def _described(
     call: str, name: str, value: Any, input_dtype: Any, lazy: bool
 ) -> tuple[tuple[int, ...], str, int | None]:
     """Shape, dtype and GPU of an argument that may be a shape."""
-    if _is_shape(value):
+    if arrays.is_shape(value):
         if any(extent < 0 for extent in value):
             raise ValueError(f"{call}: {name} has a negative extent, {value}")
         return tuple(map(int, value)), dtypes.name_of(call, "input_dtype is", input_dtype), None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from gpuconv import arrays, debug, dispatch, dtypes, geometry, layouts, schedule, separability
+from gpuconv import arrays, debug, dispatch, dtypes, geometry, layouts, magnitudes, schedule, separability
 from gpuconv.arrays import Array, Operand
 from gpuconv.backends.phases import fill_with_bias
 from gpuconv.backends.protocol import Operands, Plan, Target
@@ -188,7 +188,7 @@ def compute(
 ) -> Any:
     """Check what says where and how to compute, choose an implementation, run it, and give the caller the result.
 
-    ``done`` is told what ran, unless the next call like it may have weights for which that is another implementation.
+    ``done`` is told what ran, unless the next call like it may have values for which that is another implementation.
     """
     limit = workspace(call, workspace_limit)
     given = check_result(call, request, out)
@@ -203,13 +203,15 @@ def compute(
         elif copies:
             first, second = arrays.unswapped(request.first), arrays.unswapped(request.second)
             request, limit = replace(request, first=first, second=second), limit - copies
-    target, by_value = told_by_values(problem, target, backend, request.second, keeper)
+    target, by_value = told_by_values(
+        problem, target, backend, request.second, keeper, image=request.first, bias=request.bias
+    )
     choice = dispatch.choose(call, problem, target, backend, limit)
     shortage = ""
     while True:
         try:
             y = execute(request, choice, target, given, pointer, keeper, limit)
-            if done is not None and not (by_value and keeper is None):
+            if done is not None and not by_value:
                 done(choice)
             return arrays.deliver(y, request.first) if out is None else out
         except MemoryError as error:
@@ -257,22 +259,32 @@ def told_by_values(
     kernel: Operand | None,
     keeper: Keeper | None = None,
     whole: Conv2dProblem | None = None,
+    image: Operand | None = None,
+    bias: Operand | None = None,
 ) -> tuple[Target, bool]:
-    """``target`` with what the values of ``kernel`` tell, and whether they were asked: where that may decide what runs
-    and no GPU holds them. ``problem`` may be of a part of the channels of ``whole``, whose kernel it is.
+    """``target`` with what the values of ``kernel`` tell, and where these alone do not, those of ``image`` too: where
+    they may decide what runs, and no GPU holds them. Also whether the next call like it may have others, which the
+    ``kernel`` of a ``keeper`` has not. ``problem`` may be of a part of the channels of ``whole``, whose kernel it is.
     """
     if kernel is None or kernel.device is not None:
         return target, False
     array = kernel.array
 
-    def tell(fact: str, made: Callable[[], Any]) -> tuple[Target, bool]:
-        return replace(target, **{fact: made() if keeper is None else keeper.kept(fact, made, None)}), True
+    def kept(fact: str, made: Callable[[], Any]) -> Any:
+        return made() if keeper is None else keeper.kept(fact, made, None)
 
     if dispatch.values_matter(problem, target, backend):
-        return tell("separable", lambda: separability.factors(view(whole or problem, 1, array)) is not None)
-    if 0 < array.size <= _LOOKED_THROUGH and dispatch.digits_matter(problem, target, backend):
-        return tell("k_digits", lambda: max(abs(int(array.min())), abs(int(array.max()))).bit_length())
-    return target, False
+        factors = kept("separable", lambda: separability.factors(view(whole or problem, 1, array)) is not None)
+        return replace(target, separable=factors), keeper is None
+    if not 0 < array.size <= _LOOKED_THROUGH or not dispatch.digits_matter(problem, target, backend):
+        return target, False
+    target = replace(target, k_digits=kept("k_digits", lambda: magnitudes.largest(array).bit_length()))
+    known = problem.bias == (bias is not None) and (bias is None or bias.device is None)
+    if image is None or image.device is not None or not known or not dispatch.sums_matter(problem, target):
+        return target, keeper is None
+    weights = kept("weights", lambda: magnitudes.largest_weights(problem, view(problem, 1, array)))
+    digits = magnitudes.sum_digits(problem, weights, image.array, None if bias is None else bias.array)
+    return replace(target, sum_digits=digits), True
 
 
 def check_result(call: str, request: Request, out: Any) -> Operand | None:

@@ -140,4 +140,4 @@ def test_a_refusal_of_integers_says_what_helps():
     reasons = dispatch.implementation("numba_cpu.strip").unsupported(
         Conv2dProblem.of((1, 9, 9, 9), (4, 9, 3, 3), x_dtype="int32", k_dtype="int64"), Target("cpu")
     )
-    assert len(reasons) == 1 and reasons[0].endswith("may be too large; with a kernel of int8 or int16 they may not be")
+    assert len(reasons) == 1 and reasons[0].endswith("where the values of both are seen to rule that out, it can")

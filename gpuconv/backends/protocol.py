@@ -30,9 +30,10 @@ class Target:
     vector_bits: int | None = None  # of the CPU's vector registers; None: what this machine has
     swapped: bool = False  # whether an operand is in another byte order than the machine's
     # What the values of k tell, where they were read: whether it is an outer product of a column and a row, and, of
-    # integers, the binary digits of the largest magnitude.
+    # integers, the binary digits of the largest magnitude; and those of k, x and bias: d, where no sum is above 2^d.
     separable: bool = False
     k_digits: int | None = None
+    sum_digits: int | None = None
     gpu: Any = None  # numba_cuda's facts of a GPU that is not here; None: of the one at ordinal
 
     def __str__(self) -> str:

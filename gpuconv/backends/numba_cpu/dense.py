@@ -30,8 +30,8 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     if problem.x_zero_point or problem.k_zero_point:
         reasons.append("it has no zero points")
     elif sums is None and _of_integers(problem):
-        hint = "" if problem.k_dtype in dtypes.SMALL_INTEGERS else "; with a kernel of int8 or int16 they may not be"
-        reasons.append(f"it sums integers in floating point, for which these sums may be too large{hint}")
+        hint = "as far as the types of x and k tell; where the values of both are seen to rule that out, it can"
+        reasons.append(f"it sums integers in floating point, for which these sums may be too large, {hint}")
     elif sums is None or not {problem.x_dtype, problem.k_dtype} <= set(SIZE) or problem.x_dtype in _NOT_READ[sums]:
         reasons.append(f"it sums real numbers; not {problem.x_dtype} times {problem.k_dtype} in {problem.sum_dtype}")
     if target.swapped:
@@ -59,11 +59,15 @@ def sums_in(problem: Conv2dProblem, target: Target) -> str | None:
         return problem.sum_dtype
     if not _of_integers(problem) or problem.x_zero_point or problem.k_zero_point:
         return None
-    if problem.bias and problem.y_dtype != "int32":
+    if target.sum_digits is not None:
+        largest = 1 << target.sum_digits
+    elif problem.bias and problem.y_dtype != "int32":
         return None  # a bias as large as the result's type allows
-    bias = 1 << 31 if problem.bias else 0
-    largest = problem.largest_sum(bias, target.k_digits)
-    return next((dtype for dtype, most in _EXACT.items() if largest <= most), None)
+    else:
+        largest = problem.largest_sum(1 << 31 if problem.bias else 0, target.k_digits)
+    # Integers of 64 bits are converted to float64 much faster than to float32.
+    types = {dtype: most for dtype, most in _EXACT.items() if problem.x_dtype != "int64" or dtype == "float64"}
+    return next((dtype for dtype, most in types.items() if largest <= most), None)
 
 
 def _of_integers(problem: Conv2dProblem) -> bool:

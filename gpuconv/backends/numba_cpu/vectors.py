@@ -201,6 +201,8 @@ class Emitter:
         """
         if stored == self.lanes.dtype:
             return value
+        if stored == "int64" and self.lanes == Lanes("float64", 4):
+            return self._of_int64(value)
         if stored in INTEGERS:
             convert = self.builder.uitofp if stored in UNSIGNED else self.builder.sitofp
             return convert(value, self.vector)
@@ -217,6 +219,11 @@ class Emitter:
         """``value`` rounded to the nearest of ``stored``, ties to even; for an integer it is one already."""
         if stored == self.lanes.dtype:
             return value
+        if stored == "int64" and self.lanes == Lanes("float64", 4):
+            return self._to_int64(value)
+        if stored == "int64" and self.lanes.dtype == "float32":  # which has integers up to 2^24, and so has int32
+            value = self.builder.fptosi(value, ir.VectorType(I32, self.lanes.count))
+            return self.builder.sext(value, ir.VectorType(I64, self.lanes.count))
         if stored in INTEGERS:
             convert = self.builder.fptoui if stored in UNSIGNED else self.builder.fptosi
             return convert(value, ir.VectorType(STORED[stored], self.lanes.count))
@@ -240,6 +247,29 @@ class Emitter:
         quiet = builder.or_(builder.lshr(bits, every(16)), every(0x40))
         nan = builder.fcmp_unordered("uno", value, value)
         return builder.trunc(builder.select(nan, quiet, rounded), ir.VectorType(I16, self.lanes.count))
+
+    # AVX2 has no conversion between float64 and int64; LLVM would take one number after the other. The digits of a
+    # float64 of 2^52 to 2^53 are an integer.
+
+    def _of_int64(self, value: Value) -> Value:
+        """float64 of int64, rounded to the nearest once: 32 bits and 32 bits, as digits of 2^52 and of 2^84."""
+        builder = self.builder
+        low = builder.or_(builder.and_(value, self._int64(0xFFFFFFFF)), self._int64(0x4330 << 48))
+        high = builder.xor(builder.lshr(value, self._int64(32)), self._int64((0x4530 << 48) + (1 << 31)))
+        high = builder.fsub(builder.bitcast(high, self.vector), self.constant(2.0**84 + 2.0**63 + 2.0**52))
+        return builder.fadd(high, builder.bitcast(low, self.vector))
+
+    def _to_int64(self, value: Value) -> Value:
+        """int64 of a float64 that is an integer of at most 2^53: multiples of 2^32, and what is left."""
+        builder, kind, digits = self.builder, ir.VectorType(I64, self.lanes.count), self.constant(1.5 * 2.0**52)
+        high = self.fma(value, self.constant(2.0**-32), digits)
+        low = builder.fadd(self.fma(builder.fsub(high, digits), self.constant(-(2.0**32)), value), digits)
+        both = builder.add(builder.shl(builder.bitcast(high, kind), self._int64(32)), builder.bitcast(low, kind))
+        return builder.sub(both, self._int64(0x4338 << 48))
+
+    def _int64(self, number: int) -> Value:
+        """An integer in every lane."""
+        return ir.Constant(ir.VectorType(I64, self.lanes.count), [number] * self.lanes.count)
 
     # ---- arithmetic
 
