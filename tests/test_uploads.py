@@ -145,3 +145,29 @@ def test_the_tables_are_those_of_the_problem(gpu, line):
     assert (row_outer, row_inner) == (wanted[0].outer, wanted[0].inner)
     assert (column_outer, column_inner) == (wanted[1].outer, wanted[1].inner)
     assert (len(rows.found), len(columns.found)) == problem.table_spans(problem.OH, problem.OW)
+
+
+def test_a_gpu_without_memory_is_a_memory_error(monkeypatch):
+    """With the number of bytes; other errors of the driver go through."""
+    cuda = pytest.importorskip("numba.cuda", reason="numba-cuda is not installed")
+    error = launch.driver_error()
+    codes = [2]
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise error(codes[0], "Call to cuMemAlloc results in an error")
+
+    for name in ("device_array", "to_device"):
+        monkeypatch.setattr(cuda, name, refuse)
+    host = np.zeros((2, 3), np.float32)
+    tries = (
+        lambda: launch.flat(host),
+        lambda: launch.scratch(host, np.dtype("float64"), 3),
+        lambda: launch.output(host).__enter__(),
+    )
+    for attempt in tries:
+        with pytest.raises(MemoryError, match=r"a GPU has no 24 bytes free .*cuMemAlloc"):
+            attempt()
+    codes[0] = 999
+    for attempt in tries:
+        with pytest.raises(error):
+            attempt()

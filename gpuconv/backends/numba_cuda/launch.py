@@ -20,6 +20,8 @@ from gpuconv.backends.numba_cuda import convert, ptx
 
 MAX_GRID_X = 2**31 - 1
 
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
 _REMEDY = 'pip install "gpuconv[cuda13]" (or [cuda12], by the driver)'
 
 
@@ -120,7 +122,8 @@ def flat(array: Any, on: Any = 0) -> Flat:
         array = arrays.native(array)
         axes = _memory_order(array)
         dense = np.ascontiguousarray(array.transpose(axes))
-        return Flat(cuda.to_device(_bits(dense.reshape(-1)), stream=on), 0, _strides(dense, axes))
+        with memory_for(dense.nbytes):
+            return Flat(cuda.to_device(_bits(dense.reshape(-1)), stream=on), 0, _strides(dense, axes))
     if not in_elements(array):
         array = array.copy()
     low, high = arrays.byte_bounds(array)
@@ -154,7 +157,8 @@ def output(out: Any, on: Any = 0) -> Iterator[Flat]:
     ordered = out.transpose(axes)
     host = ordered if ordered.flags.c_contiguous else np.empty(ordered.shape, out.dtype)
     bits = _bits(host.reshape(-1))
-    vector = cuda.device_array(bits.shape, bits.dtype)
+    with memory_for(bits.nbytes):
+        vector = cuda.device_array(bits.shape, bits.dtype)
     yield Flat(vector, 0, _strides(host, axes))
     if on:
         on.synchronize()  # the download below is ordered after the default stream only
@@ -214,10 +218,32 @@ def scratch(like: Any, dtype: np.dtype[Any], size: int) -> Any:
     from numba import cuda
 
     if not resident(like):
-        return cuda.device_array(size, dtype)
+        with memory_for(size * dtype.itemsize):
+            return cuda.device_array(size, dtype)
     import cupy
 
     return flat(cupy.empty(size, dtype)).vector
+
+
+@contextmanager
+def memory_for(size: int) -> Iterator[None]:
+    """A MemoryError with the number of bytes, as CuPy raises, where Numba's driver has no memory for them."""
+    try:
+        yield
+    except driver_error() as error:
+        if int(getattr(error, "code", 0)) != _OUT_OF_MEMORY:
+            raise
+        raise MemoryError(f"a GPU has no {size} bytes free ({error})") from None
+
+
+def driver_error() -> type[Exception]:
+    """What Numba raises where the driver refuses."""
+    if convert.simulated():
+        return OSError  # which nothing raises there
+    from numba.cuda.cudadrv.driver import CudaAPIError
+
+    error: type[Exception] = CudaAPIError
+    return error
 
 
 def address(vector: Any) -> int:

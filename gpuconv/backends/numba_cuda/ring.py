@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 # Bytes: an empty operand's vector has that many too, none of which is read.
 _LEAST = 16
 _THREADS, _MOST_BLOCKS = 256, 1 << 16
-_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 
 class NumbaRing(pinned.Ring):
@@ -45,19 +44,15 @@ class NumbaRing(pinned.Ring):
         """A new array."""
         try:
             locked: np.ndarray[Any, Any] = cuda.pinned_array(size, np.uint8)
-        except _driver_error():
+        except launch.driver_error():
             # The system grants no more of it: copies from and to other memory are right too, and slower.
             return np.empty(size, np.uint8)
         return locked
 
     def scratch(self, size: int) -> Any:
         """A new array, at once for every stream."""
-        try:
+        with launch.memory_for(size):
             return cuda.device_array(max(size, _LEAST), np.uint8)
-        except _driver_error() as error:
-            if int(getattr(error, "code", 0)) != _OUT_OF_MEMORY:
-                raise
-            raise MemoryError(f"a GPU has no {size} bytes free ({error})") from None
 
     def view(self, place: Place, memory: Any) -> Flat:
         """A vector with its steps."""
@@ -111,13 +106,3 @@ def build(first: bool) -> Any:
             at += np.int64(cuda.gridDim.x) * cuda.blockDim.x
 
     return add
-
-
-def _driver_error() -> type[Exception]:
-    """What Numba raises where the driver refuses."""
-    if convert.simulated():
-        return OSError  # which nothing raises there
-    from numba.cuda.cudadrv.driver import CudaAPIError
-
-    error: type[Exception] = CudaAPIError
-    return error
