@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +156,24 @@ class TestProgram:
         save("x.png", pixels(8, 8, 3))
         result = run_program("filter", "x.png", "--kernel", "box-3", "-o", "y.png", "--backend", "cupy")
         assert_refused(result.returncode, result.stderr, "cupy.gemm")
+
+    @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this system has no /dev/full")
+    def test_a_disk_that_is_full_and_an_output_that_is_closed(self):
+        program = "import os, sys\n{}\nsys.argv = ['gpuconv', 'trace']\nfrom gpuconv.__main__ import main\nmain()"
+        full = program.format("os.dup2(os.open('/dev/full', os.O_WRONLY), 1)")
+        result = run_program(program=("-c", full))
+        assert_refused(result.returncode, result.stderr, "cannot write the output: No space left on device")
+        result = run_program(program=("-c", program.format("sys.stdout = None")))
+        assert (result.returncode, result.stderr) == (0, "")
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+    def test_a_pipe_is_written_to_and_not_replaced(self):
+        os.mkfifo("page.html")
+        with ThreadPoolExecutor(1) as pool:
+            read = pool.submit(Path("page.html").read_text)
+            assert_ran(run("trace", "-o", "page.html"))
+            assert read.result(timeout=60).startswith("<!doctype html>")
+        assert Path("page.html").is_fifo()
 
     def test_the_fall_back_to_the_cpu_is_one_warning(self):
         save("x.png", pixels(8, 8, 3))

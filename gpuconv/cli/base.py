@@ -48,7 +48,8 @@ class _Group(click.Group):
         extra["standalone_mode"] = False
         try:
             code = super().main(*args, **extra)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed by the caller (>&-)
+                sys.stdout.flush()
         except click.exceptions.Abort:
             say("interrupted")
             sys.exit(_INTERRUPTED)
@@ -60,11 +61,14 @@ class _Group(click.Group):
             say(error.format_message())
             sys.exit(_FAILED)
         except OSError as error:
-            if error.errno != errno.EPIPE:
+            if error.errno not in (errno.EPIPE, errno.ENOSPC):
                 raise
-            # The reader of our output, `head` perhaps, has gone; Python would complain again at exit.
+            # Python would complain again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+            if error.errno == errno.EPIPE:  # the reader of our output, `head` perhaps, has gone
+                sys.exit(1)
+            say(f"cannot write the output: {error.strerror}")
+            sys.exit(_FAILED)
         sys.exit(code if isinstance(code, int) else 0)
 
 
