@@ -93,7 +93,8 @@ def cpu(names: tuple[str, ...], threads: int | None, quick: bool, **options: Any
         clock = timing.WallClock()
 
         def drive(book: record.Record, begin: Callable[[Row], None], say: Callable[[str], None]) -> str | None:
-            return driving.run(rows, enter, book, clock, options["minutes"], effort, say, begin)
+            measuring = driving.here(enter, clock, effort)
+            return driving.run(rows, measuring, book, options["minutes"], say, begin)
 
         _run("cpu rehearsal" if quick else "cpu", rows, options | facts, drive, clock, effort)
 
@@ -133,7 +134,7 @@ def gpu(context: click.Context, dry_run: bool, verify: bool, **options: Any) -> 
     minutes = options["minutes"] * (0.8 if verify else 1)
 
     def drive(book: record.Record, begin: Callable[[Row], None], say: Callable[[str], None]) -> str | None:
-        return tour.run(rig, options["backend"], wanted, book, minutes, effort, say, begin)
+        return tour.run(dry_run, options["backend"], wanted, book, minutes, effort, say, begin)
 
     def finish(book: record.Record, say: Callable[[str], None]) -> None:
         if verify:

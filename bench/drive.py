@@ -28,6 +28,7 @@ class Ours:
 
     implementation: str
     contender: Contender
+    plan: str = ""  # in words, with what was predicted
 
 
 @dataclass(frozen=True)
@@ -39,24 +40,30 @@ class Field:
 
 
 Enter = Callable[[Conv2dProblem, Arrays], Field]
+Measure = Callable[[Row, float], dict[str, Any]]  # a row, and about how many seconds it may take
+
+
+class Lost(Exception):
+    """Nothing can be measured any more."""
+
+
+def here(enter: Enter, clock: Clock, effort: Effort) -> Measure:
+    """Rows measured in this process."""
+    return lambda row, seconds: measure(row.problem, enter, clock, seconds, effort)
 
 
 def run(
     rows: Sequence[Row],
-    enter: Enter,
+    measuring: Measure,
     record: Record,
-    clock: Clock,
     minutes: float,
-    effort: Effort,
     say: Callable[[str], None] = lambda line: None,
     begin: Callable[[Row], None] = lambda row: None,
     forgiving: bool = False,
-    after: int = 0,
 ) -> str | None:
     """Measure ``rows`` within about ``minutes``; each is on file before the next begins. Returns why it stopped.
 
-    A row that fails, for want of memory for example, ends the run, or is noted if ``forgiving``. Time is left for
-    ``after`` rows that follow in another call.
+    A row that fails, for want of memory for example, ends the run, or is noted if ``forgiving``.
     ``begin`` is told each row before it is measured, ``say`` one line with its ratios afterwards.
     """
     deadline = time.monotonic() + 60 * minutes
@@ -69,11 +76,14 @@ def run(
                 break
             begin(row)
             try:
-                measured = measure(row.problem, enter, clock, left / (len(rows) - index + after), effort)
+                measured = measuring(row, left / (len(rows) - index))
+            except Lost as error:
+                stopped = str(error)
+                break
             except Exception as error:
                 if not forgiving:
                     raise
-                measured = {"gpuconv": {"row": {"refused": _sentence(error)}}, "peers": {}, "ratios": {}}
+                measured = refused(error)
             record.add(row, measured)
             say(_line(row, measured))
     except KeyboardInterrupt:
@@ -85,10 +95,24 @@ def run(
     return stopped
 
 
+def refused(error: Exception) -> dict[str, Any]:
+    """A row that could not be measured."""
+    return {"gpuconv": {"row": {"refused": _sentence(error)}}, "peers": {}, "ratios": {}}
+
+
 def measure(
-    problem: Conv2dProblem, enter: Enter, clock: Clock, seconds: float, effort: Effort, truth: Truth | None = None
+    problem: Conv2dProblem,
+    enter: Enter,
+    clock: Clock,
+    seconds: float,
+    effort: Effort,
+    truth: Truth | None = None,
+    begin: Callable[[str], None] = lambda label: None,
 ) -> dict[str, Any]:
-    """One row: gpuconv and peers checked, then timed against one another in about ``seconds`` in all."""
+    """One row: gpuconv and peers checked, then timed against one another in about ``seconds`` in all.
+
+    ``begin`` is told who is to be called for the first time, and then of the timing.
+    """
     start = time.monotonic()
     given = adjoints.operands(problem)
     truth = truth or adjoints.truth(problem, given, effort.checked)
@@ -100,6 +124,8 @@ def measure(
             measured["gpuconv"][label] = {"refused": ours}
             continue
         entry = measured["gpuconv"][label] = {"implementation": ours.implementation}
+        entry |= {"plan": ours.plan} if ours.plan else {}
+        begin(label)
         try:
             ours.contender.activate()
             entry["accuracy"] = truth.require(ours.contender.to_numpy(ours.contender.call())).facts()
@@ -112,10 +138,12 @@ def measure(
             if isinstance(settings, str):
                 measured["peers"][name] = {"reason": settings}
                 continue
+            begin(name)
             best, measured["peers"][name] = _best(settings, truth, clock, effort)
             if best is not None:
                 best.activate()
                 calls["peers", name] = best
+    begin("timing")
     elsewhere = busy_elsewhere()
     timed = race(
         {f"{side} {name}": contender.call for (side, name), contender in calls.items()},

@@ -19,7 +19,7 @@ import gpuconv
 from bench import drive, peers
 from bench.check import Arrays, arguments
 from bench.timing import Clock, EventClock, WallClock
-from gpuconv import dispatch
+from gpuconv import dispatch, dtypes
 from gpuconv.problem import Conv2dProblem
 
 _SETS = 64  # at most; small problems would otherwise want thousands
@@ -47,11 +47,34 @@ class Rig:
     def host(self, y: Any) -> np.ndarray:
         return y
 
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """An array for a result, of the library that implementations take."""
+        return np.empty(shape, dtypes.numpy_dtype(dtype))
+
+    def broken(self) -> str:
+        """What has become of the device, if it is of no use any more."""
+        return ""
+
     def peers(self, problem: Conv2dProblem, given: Arrays) -> dict[str, list[peers.Contender] | str]:
         return {"stand-in for cudnn": cudnn(self, problem, given, "cpu")}
 
 
 class _Gpu(Rig):
+    synchronize: Callable[[], None]
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        import cupy
+
+        return cupy.empty(shape, dtypes.numpy_dtype(dtype))
+
+    def broken(self) -> str:
+        """An error that a kernel left behind comes back from every later call, so the context is lost."""
+        try:
+            self.synchronize()
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return ""
+
     def implementations(self) -> list[str]:
         names = list(dispatch.serving("forward", "cuda"))
         return [name for name in names if dispatch.implementation(name).unavailable() is None]
@@ -63,7 +86,7 @@ class TorchRig(_Gpu):
     def __init__(self) -> None:
         import torch
 
-        self.torch = torch
+        self.torch, self.synchronize = torch, torch.cuda.synchronize
         properties = torch.cuda.get_device_properties(0)
         self.name, self.cache = properties.name, properties.L2_cache_size
 
@@ -93,7 +116,7 @@ class CuPyRig(_Gpu):
     def __init__(self) -> None:
         import cupy
 
-        self.cupy = cupy
+        self.cupy, self.synchronize = cupy, cupy.cuda.runtime.deviceSynchronize
         facts = cupy.cuda.runtime.getDeviceProperties(0)
         self.name, self.cache = facts["name"].decode(), facts["l2CacheSize"]
 
@@ -141,7 +164,8 @@ def field(rig: Rig, backend: str | None) -> drive.Enter:
         for name in rig.implementations():
             if name not in wanted:
                 continue
-            if name != backend and gpuconv.explain(str(problem), backend=name).implementation is None:
+            planned = gpuconv.explain(str(problem), backend=name).plan
+            if planned is None and name != backend:
                 continue  # one for other shapes, which nobody asked for by its name
             call = calling(problem, backend=name)
             try:
@@ -150,7 +174,7 @@ def field(rig: Rig, backend: str | None) -> drive.Enter:
                 ours[name] = f"{type(error).__name__}: {error}"
                 continue
             contender = peers.Contender("plain call", turning, lambda y: to_nchw(rig.host(y)))
-            ours[name] = drive.Ours(name, contender)
+            ours[name] = drive.Ours(name, contender, "" if planned is None else planned.detail)
         return drive.Field(ours, rig.peers(problem, given))
 
     return enter

@@ -4,7 +4,8 @@ A row of the file, beside its suite, name, problem line and FLOPs:
 
 ``gpuconv``
     By label (``plain call`` and ``prepared`` on the CPU, the implementation's name on a GPU): the implementation, its
-    accuracy, and seconds per call; or ``refused`` with the reason, and then it was not timed.
+    accuracy, and seconds per call; or ``refused`` with the reason, and then it was not timed. On a GPU the ``plan`` in
+    words too, with the time that the cost model predicted; of a rule of thumb the labels are its values.
 ``peers``
     By library: the fastest of its settings (``setting``), its accuracy and seconds per call, and all that were tried
     (``tried_s``: seconds, roughly, or what was wrong); or ``reason``, why it does not take part.

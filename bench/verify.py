@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -76,14 +78,30 @@ def _pytest(tests: list[str]) -> list[str] | str:
 def _timed(command: list[str], seconds: float) -> dict[str, Any]:
     if seconds <= 0:
         return {"skipped": "out of time"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        return {"stopped": f"after {seconds:.3g} s", "said": _last_line(error.stdout)}
+        # A session of its own, to be ended with all that it has started: a child may be what hangs on the GPU.
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     except OSError as error:
         return {"skipped": str(error)}
-    outcome = "passed" if done.returncode == 0 else f"failed with exit code {done.returncode}"
-    return {"outcome": outcome, "said": _last_line(done.stdout) or _last_line(done.stderr)}
+    with process:
+        try:
+            said, complained = process.communicate(timeout=seconds)
+        except BaseException as error:
+            _end(process)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return {"stopped": f"after {seconds:.3g} s", "said": _last_line(error.stdout)}
+    outcome = "passed" if process.returncode == 0 else f"failed with exit code {process.returncode}"
+    return {"outcome": outcome, "said": _last_line(said) or _last_line(complained)}
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kill it and its children."""
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
 
 
 def _last_line(text: str | bytes | None) -> str:

@@ -208,8 +208,9 @@ def described(pieces: list[Piece]) -> str:
     size = f"{images} image(s)" if first.rows is None else f"{first.rows.stop - first.rows.start} rows of an image"
     told = f"Host arrays go through the GPU in {len(pieces)} pieces of {size}, {first.x_bytes / 2**20:.3g} MiB "
     if adds_up(pieces):
-        return told + "up at a time; the sums over each are added up there."
-    return told + f"and {first.y_bytes / 2**20:.3g} MiB up and down at a time."
+        return told + "up at a time; the sums over each are added up there. The size is a rule of thumb, not measured."
+    down = first.y_bytes / 2**20
+    return told + f"and {down:.3g} MiB up and down at a time, a rule of thumb, not measured."
 
 
 def _load(problem: Conv2dProblem, hosts: tuple[int, ...]) -> int:

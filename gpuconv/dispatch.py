@@ -70,7 +70,7 @@ def preferred(problem: Conv2dProblem, device: str) -> tuple[list[str], dict[str,
             return names, {}
         # A GEMM this thin reads far more than it computes, and im2col writes all of it first. Not measured yet.
         names.sort(key=lambda name: (is_experimental(name), name != "numba_cuda.direct"))
-        return names, {names[0]: "fewer than 8 output channels per group: too thin for a matrix product"}
+        return names, {names[0]: "fewer than 8 output channels per group: too thin for a matrix product, not measured"}
     wanted = {name: why for name, holds, why in preference.on_cpu(problem) if holds}
     # What is made for such problems, ending with what is for all; then what is made for others.
     place = {name: index for index, name in enumerate(wanted)}

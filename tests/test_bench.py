@@ -40,6 +40,10 @@ def plain(problem: Conv2dProblem, given: check.Arrays) -> np.ndarray:
     return peers.to_nchw(problem)(y)
 
 
+def here(enter):
+    return drive.here(enter, timing.WallClock(), timing.QUICK)
+
+
 def alone(call, name="gpuconv"):
     """A field of one contender of ours, whose call gets the problem and its operands."""
 
@@ -108,7 +112,7 @@ def test_a_wrong_answer_is_refused_and_never_timed(name, tmp_path):
 
     rows = layers.from_lines(["n2c3h9w8_o4kh3kw3_p1_f32"])
     kept = book(tmp_path / "rows.json", rows)
-    assert drive.run(rows, alone(call), kept, timing.WallClock(), 1, timing.QUICK) is None
+    assert drive.run(rows, here(alone(call)), kept, 1) is None
     assert len(calls) == 1, "it was called again, to be timed"
     (row,) = json.loads(kept.path.read_text())["rows"]
     assert row["gpuconv"]["gpuconv"]["refused"].startswith("its answer is wrong: ")
@@ -165,7 +169,7 @@ def test_an_interrupted_run_leaves_every_finished_row(tmp_path):
             raise KeyboardInterrupt
         return plain(problem, given)
 
-    assert drive.run(rows, alone(call), kept, timing.WallClock(), 1, timing.QUICK) == "interrupted"
+    assert drive.run(rows, here(alone(call)), kept, 1) == "interrupted"
     last = json.loads(kept.path.read_text())
     assert [row["problem"] for row in last["rows"]] == list(PROBLEMS[:2]) == [r["problem"] for r in seen[0]["rows"]]
     assert (last["complete"], last["stopped"]) == (False, "interrupted")
@@ -178,7 +182,7 @@ def test_an_interrupted_run_leaves_every_finished_row(tmp_path):
 def test_out_of_time_says_what_was_not_reached(tmp_path):
     rows = layers.from_lines(PROBLEMS)
     kept = book(tmp_path / "rows.json", rows)
-    assert "out of time" in drive.run(rows, alone(plain), kept, timing.WallClock(), 0, timing.QUICK)
+    assert "out of time" in drive.run(rows, here(alone(plain)), kept, 0)
     assert len(kept.data["not_reached"]) == len(PROBLEMS)
 
 
@@ -304,7 +308,7 @@ def test_missing_peers_are_named(monkeypatch, tmp_path):
         monkeypatch.setattr(type(peer), "library", "no_such_library")
     rows = layers.from_lines([FILTER])
     kept = book(tmp_path / "rows.json", rows)
-    drive.run(rows, cpu.field(list(peers.PEERS), 1, None), kept, timing.WallClock(), 1, timing.QUICK)
+    drive.run(rows, here(cpu.field(list(peers.PEERS), 1, None)), kept, 1)
     (row,) = json.loads(kept.path.read_text())["rows"]
     assert all(row["gpuconv"][label]["median_s"] > 0 for label in ("plain call", "prepared"))
     assert "best_peer" not in row

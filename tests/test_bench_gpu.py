@@ -4,18 +4,25 @@ fails. On the CPU, which stands in for the GPU.
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import re
 import subprocess
 import sys
-import types
+import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import gpuconv
-from bench import adjoints, check, drive, gpu, layers, record, timing, tour, verify
+from bench import adjoints, apart, check, drive, gpu, layers, peers, record, rules, timing, tour, verify
 from bench.__main__ import main
+from gpuconv import cutting
+from gpuconv.backends.protocol import Target
 from gpuconv.problem import Conv2dProblem
 
 GRADIENTS = (
@@ -68,7 +75,7 @@ def test_the_tour_begins_with_the_most_telling_rows():
     assert {problem.N for problem in problems} >= {1, 32, 256}
     assert {problem.layout for problem in problems} == {"NCHW", "NHWC"}
     assert {problem.x_dtype for problem in problems} == {"float32", "float16", "bfloat16"}
-    assert {problem.precision for problem in problems} == {"highest", "medium"}
+    assert {problem.precision for problem in problems} == {"highest", "high", "medium"}
     assert any(section.host for section in sections)
     assert any(problem.bias and problem.activation for problem in problems)
     every = {(row.suite, row.name) for row in layers.load(layers.suites())}
@@ -87,7 +94,8 @@ def test_a_row_that_fails_is_noted_and_the_next_is_measured(tmp_path):
         return enter(problem, given)
 
     book = record.Record(tmp_path / "rows.json", "test", {}, rows)
-    assert drive.run(rows, failing, book, timing.WallClock(), 1, timing.QUICK, forgiving=True) is None
+    measuring = drive.here(failing, timing.WallClock(), timing.QUICK)
+    assert drive.run(rows, measuring, book, 1, forgiving=True) is None
     first, second = json.loads(book.path.read_text())["rows"]
     assert first["gpuconv"]["row"]["refused"] == "MemoryError: no room for the operands"
     assert second["gpuconv"]["numpy.reference"]["median_s"] > 0
@@ -127,8 +135,8 @@ def test_rehearsal_of_a_short_tour(tmp_path, monkeypatch):
     short = [tour.Section(section.rows[:1], section.host) for section in wanted]
     monkeypatch.setattr(tour, "sections", lambda tiny: iter(short))
     asked = []
-    done = types.SimpleNamespace(returncode=0, stdout="7 passed\n", stderr="")
-    monkeypatch.setattr(verify.subprocess, "run", lambda command, **options: asked.append(command) or done)
+    done = {"outcome": "passed", "said": "7 passed"}
+    monkeypatch.setattr(verify, "_timed", lambda command, seconds: asked.append(command) or done)
     monkeypatch.setattr(record, "commit", lambda: None)
     path = tmp_path / "gpu.json"
     result = CliRunner().invoke(main, ["gpu", "--dry-run", "--backend", "numpy", "--minutes", "2", "--json", str(path)])
@@ -143,11 +151,149 @@ def test_rehearsal_of_a_short_tour(tmp_path, monkeypatch):
     assert len(asked) == 2
 
 
+def test_the_rules_of_thumb_are_measured_one_value_against_another(monkeypatch):
+    """Each row's plan is made and run under the value, which is gone afterwards; on NumPy in the GPU's stead."""
+    seen = []
+    numpy_gemm = gpuconv.dispatch.implementation("numpy.gemm")
+    for rule in rules.rules():
+        module = importlib.import_module(f"gpuconv.{rule.module}")
+        kept = getattr(module, rule.attribute)
+        assert rule.host or rule.attribute in ("block", "choose_tile") or kept in rule.values.values()
+        with monkeypatch.context() as patch:
+            for name in ("plan", "run"):
+                real = getattr(numpy_gemm, name)
+
+                def noted(*given, name=name, real=real, module=module, rule=rule):
+                    seen.append((name, getattr(module, rule.attribute)))
+                    return real(*given)
+
+                patch.setattr(numpy_gemm, name, noted)
+            row = rule.rows(tiny=True)[0]
+            seen.clear()
+            measured = drive.measure(row.problem, rules.field(gpu.Rig(), rule), timing.WallClock(), 0.1, timing.QUICK)
+        assert list(measured["gpuconv"]) == list(rule.values)
+        assert all(entry["median_s"] > 0 for entry in measured["gpuconv"].values())
+        assert getattr(module, rule.attribute) is kept
+        if not rule.host:
+            expected = {(name, value) for value in rule.values.values() for name in ("plan", "run")}
+            assert set(seen) == expected
+
+
+# What says it was not measured, and the suite of the tour that measures it.
+MEASURED_BY = {
+    "dispatch": "rule of thumb: thin, direct or a matrix product",
+    "backends.numba_cuda.cost": "forward float32 highest NCHW N=32",  # the plan's prediction beside the time
+    "backends.numba_cuda.depthwise": "rule of thumb: backends.numba_cuda.depthwise_shape.block",
+    "backends.numba_cuda.winograd": "forward float32 high NCHW N=32",
+}
+
+
+def test_whatever_was_not_measured_on_a_gpu_has_a_step_of_the_tour():
+    suites = {section.rows[0].suite for section in tour.sections()}
+    assert suites >= {*MEASURED_BY.values(), *(rule.title for rule in rules.rules())}
+    known = {*MEASURED_BY, *(rule.module for rule in rules.rules())}
+    root = verify.ROOT / "gpuconv"
+    unmeasured = {
+        ".".join(path.relative_to(root).with_suffix("").parts)
+        for path in root.rglob("*.py")
+        if "numba_cpu" not in path.parts and re.search(r"[Nn]ot measured( on a GPU)?( yet)?\b", path.read_text())
+    }
+    assert unmeasured <= known, "no step of the tour measures them"
+    assert unmeasured >= {"cutting", "dispatch", "backends.cupy_gemm"}
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [("n32c64h56w56_o2kh3kw3_p1_f32", "numba_cuda.direct"), ("n64c32h56w56_o32kh3kw3_g32_f32", "numba_cuda.depthwise"),
+     ("n32c64h56w56_o64kh3kw3_f32", "cupy.gemm"), ("n32c64h56w56_o64kh3kw3_f32", "numba_cuda.implicit_gemm")],
+)  # fmt: skip
+def test_explain_says_what_was_not_measured(line, name):
+    problem = Conv2dProblem.parse(line)
+    target = Target("cuda", 0)
+    assert "not measured" in gpuconv.dispatch.implementation(name).plan(problem, target, 2**28).detail
+    rules_of = gpuconv.dispatch.preferred(problem, "cuda")[1]
+    assert all("not measured" in why for why in rules_of.values()) and bool(rules_of) == (
+        problem.O // problem.groups < 8
+    )
+    pieces = cutting.cut(name, problem, target, 2**28)
+    assert "not measured" in cutting.described(pieces)
+
+
+def stumbling(tmp_path: Path) -> apart.Ways:
+    """NumPy's own under four names: who raises, dies, hangs or breaks the GPU, each from so many columns on."""
+
+    def fail():
+        raise MemoryError("no room")
+
+    ways = {"raises": (9, fail), "dies": (10, partial(os._exit, 7)), "hangs": (11, partial(time.sleep, 600)),
+            "breaks": (12, partial((tmp_path / "broken").touch))}  # fmt: skip
+
+    def enter(problem, given):
+        plain = partial(gpu.calling(problem, backend="numpy.reference"), given.x, given.k, given.bias)
+        ours = {}
+        for name, (columns, stumble) in ways.items():
+            call = (lambda stumble=stumble: stumble() or plain()) if problem.W >= columns else plain
+            ours[name] = drive.Ours(name, peers.Contender("plain call", call, peers.to_nchw(problem)))
+        return drive.Field(ours, {})
+
+    def broken() -> str:
+        if not (tmp_path / "broken").exists():
+            return ""
+        (tmp_path / "broken").unlink()
+        return "cudaErrorIllegalAddress"
+
+    return (lambda row: (enter, timing.WallClock())), broken
+
+
+def test_who_hangs_dies_or_breaks_the_gpu_costs_its_own_figures_alone(tmp_path, monkeypatch):
+    """And, here after a single row, it takes part in no other; each row is on file before the next begins."""
+    monkeypatch.setattr(apart, "_STRIKES", 1)
+    rows = layers.from_lines([f"n1c1h9w{columns}_o1kh3kw3" for columns in (8, 9, 10, 11, 12, 13)])
+    book = record.Record(tmp_path / "rows.json", "test", {}, rows)
+    measuring = apart.Apart(stumbling, (tmp_path,), timing.QUICK, patience=5)
+    kept = []
+    try:
+        assert drive.run(rows, measuring, book, 10, lambda line: kept.append(book.path.read_text())) is None
+    finally:
+        measuring.close()
+    assert [len(json.loads(text)["rows"]) for text in kept] == list(range(1, 7))
+    found = []
+    for row in json.loads(book.path.read_text())["rows"]:
+        said = {label: entry.get("refused", "") for label, entry in row["gpuconv"].items()}
+        assert all(said[label] or row["gpuconv"][label]["median_s"] > 0 for label in said)
+        found.append(said)
+    names = "raises", "dies", "hangs", "breaks"
+    expected = ["", "r", "rd", "rdh", "rdhb", "rdhb"]
+    assert ["".join(name[0] for name in names if said[name]) for said in found] == expected
+    assert found[1]["raises"] == "MemoryError: no room"
+    assert found[2]["dies"] == "its process died with exit code 7"
+    assert "hung: nothing came of it in 10 s" in found[3]["hangs"]
+    assert found[4]["breaks"] == "it left the device broken: cudaErrorIllegalAddress"
+    assert found[5]["hangs"].startswith("left out, because of n1c1h9w11")
+    assert measuring.strikes == {"dies": 1, "hangs": 1, "breaks": 1}
+
+
+def no_ways() -> apart.Ways:
+    raise RuntimeError("the GPU is lost")
+
+
+def test_where_no_process_can_measure_any_more_the_run_ends(tmp_path):
+    rows = layers.from_lines(["n1c1h9w9_o1kh3kw3", "n1c1h9w9_o1kh3kw3_p1"])
+    book = record.Record(tmp_path / "rows.json", "test", {}, rows)
+    stopped = drive.run(rows, apart.Apart(no_ways, (), timing.QUICK), book, 1, forgiving=True)
+    assert stopped == "no process can measure any more; the last ended with code 1"
+    assert json.loads(book.path.read_text())["stopped"] == stopped
+
+
 @pytest.mark.full
 def test_rehearsal_of_the_whole_tour(tmp_path):
+    """One thread each, because libraries that wait for one another's take minutes on a busy machine."""
     path = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "bench", "gpu", "--dry-run", "--minutes", "10", "--json", str(path)]
-    done = subprocess.run(command, cwd=verify.ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "bench", "gpu", "--dry-run", "--minutes", "60", "--json", str(path)]
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=verify.ROOT, env=os.environ | threads, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert json.loads(path.read_text())["complete"] is True
 
@@ -160,6 +306,11 @@ def test_checks_that_fail_or_take_too_long_say_so():
     failed = verify._timed(python("import sys; print('ERROR SUMMARY: 1 error'); sys.exit(9)"), 60)
     assert failed == {"outcome": "failed with exit code 9", "said": "ERROR SUMMARY: 1 error"}
     assert verify._timed(python("import time; time.sleep(60)"), 0.5)["stopped"] == "after 0.5 s"
+    # Its child holds the pipes, and would hold the GPU.
+    grandchild = python("import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])")
+    start = time.monotonic()
+    assert verify._timed(grandchild, 1).keys() == {"stopped", "said"}
+    assert time.monotonic() - start < 30
     assert verify._timed(["/no/such/program"], 60).keys() == {"skipped"}
     assert verify._timed(python("1"), 0) == {"skipped": "out of time"}
 

@@ -99,10 +99,11 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     """Choose the chunk."""
     columns, sums = columns_and_sums(problem)
     raw = dtypes.itemsize(problem.x_dtype) if columns != problem.x_dtype else 0
-    return gemm_gradients.plan(
+    made = gemm_gradients.plan(
         NAME, problem, limit, columns, sums, raw, False, LONGEST_SUM, _half_cache(target.ordinal), _PRODUCTS,
         _balance(target.ordinal, columns),
     )  # fmt: skip
+    return replace(made, detail=f"{made.detail}; by estimate, not measured")
 
 
 # Products of a chunk, at least: about 100 µs of the fastest GPUs' float32 units, which hide the 50 µs or so that Python

@@ -77,6 +77,7 @@ def _told(lowered: tuple[direct.Part, ...]) -> str:
     made = depthwise_shape.block(problem, depthwise_shape.side_of(problem, problem.layout == "NHWC"))
     assert made is not None
     told = f"a thread makes {made.shape}, a block {made.threads_h}×{made.threads_w} of these for {made.groups} group(s)"
+    told += ", a rule of thumb, not measured"
     return told + (f", {len(lowered)} launches" if len(lowered) > 1 else "")
 
 

@@ -92,7 +92,7 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     scratch += 2 * problem.result_channels * dtypes.itemsize(problem.sum_dtype)
     if scratch > limit:
         raise schedule.shortage(f"{NAME} on {problem}", scratch, limit)
-    detail = f"tile {tiles[0]}" if tiles else "nothing to compute"
+    detail = f"tile {tiles[0]}, a rule of thumb, not measured" if tiles else "nothing to compute"
     detail += f", {len(tiles)} launches" if len(tiles) > 1 else ""
     return Plan(problem, scratch, problem.sum_dtype, detail, {"parts": lowered, "tiles": tiles})
 
