@@ -60,6 +60,11 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
             "depthwise on small planes: channels in the lanes of a register",
         ),
         ("numba_cpu.rows", first and channels == 1 and outputs <= 8, "one channel per output: rows of a plane"),
+        (
+            "numba_cpu.interleaved",
+            not first and channels == 1 and _interleaved(problem, problem.groups * outputs),
+            "few channels side by side, one per output: a row of pixels as one row of numbers",
+        ),
         ("numba_cpu.channels", not first and depthwise, "depthwise, channels last: pixel by pixel"),
         (
             "numba_cpu.pixels",
@@ -82,6 +87,10 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
         ),
         ("numba_cpu.strip", True, "the general compiled convolution"),
     ]
+
+
+def _interleaved(problem: Conv2dProblem, outputs: int) -> bool:
+    return True
 
 
 def _narrow(problem: Conv2dProblem, columns: int) -> bool:

@@ -192,6 +192,7 @@ BUDGETS: dict[str, dict[str, tuple[Any, ...]]] = {
     "winograd": {"ALONE": (0,), "_SUM": (3, 8), "_WEIGHTS": (1, 64), "_REPEATED": (0, 1000), "_STRIP": (1, 9000),
                  "_MANY": (2, 7, 30), "_FEW": (0, 128)},
     "channels": {"_ALONE": (0,)},
+    "interleaved": {"ALONE": (0,), "_LINE": (1, 400, 3000)},
     "pixels": {"_ALONE": (0,), "_INPUTS": (1, 3000), "_PRODUCTS": (40, 400), "_PIXELS": (1, 7, 50),
                "_CACHED": tuple(dict.fromkeys((512, 256, 128), (size, size)) for size in (0, 1 << 30))},
     "rows": {"_IN_PLACE": (1, 20), "_WINDOW": (1, 9000)},
@@ -219,14 +220,17 @@ def sizes(rng: random.Random, name: str) -> dict[str, Any]:
     plain = kind in ("winograd", "separable")
     stride = (1, 1) if plain or rng.random() < 0.5 else (rng.randint(1, 3), rng.randint(1, 3))
     dilation = (1, 1) if plain or rng.random() < 0.6 else (rng.randint(1, 3), rng.randint(1, 3))
-    if kind in ("rows", "planes"):
+    if kind in ("rows", "planes", "interleaved"):
         dilation = (1, dilation[1])
     N = rng.choice((0, 1, 1, 1, 2, 2, 3, 4, 5))
     groups = rng.choice((1, 1, 1, 2, 3))
     C, O = rng.choice(CHANNELS), rng.choice(CHANNELS)
     if rng.random() < 0.12:
         C = rng.choice((0, 100, 128, 131, 150, 257, 300, 330))
-    if kind in ("channels", "lanes", "planes", "rows", "separable") or (kind == "weight_planes" and rng.random() < 0.5):
+    if kind == "interleaved":
+        stride = (stride[0], 1)
+    one_channel = ("channels", "interleaved", "lanes", "planes", "rows", "separable")
+    if kind in one_channel or (kind == "weight_planes" and rng.random() < 0.5):
         groups, C = C if C else 3, 1
         O = 1 if kind in ("channels", "lanes") else rng.choice((1, 1, 2, 3))
     H, W = rng.choice(EXTENTS), rng.choice(EXTENTS + WIDE)
@@ -253,8 +257,8 @@ def problem_of(rng: random.Random, name: str, kinds: Sequence[str]) -> Conv2dPro
     kind, _, of_k = kind.partition("*")  # the type of x, or those of x and k
     if not of_k:
         of_k = "float32" if kind in ("float16", "bfloat16") and rng.random() < 0.3 else kind
-    last = {"channels": 1.0, "pixels": 0.4, "winograd": 0.4, "separable": 0.0}.get(name.rpartition(".")[2], 0.2)
-    layout = "NHWC" if rng.random() < last else "NCHW"
+    last = {"channels": 1.0, "interleaved": 1.0, "pixels": 0.4, "winograd": 0.4, "separable": 0.0}
+    layout = "NHWC" if rng.random() < last.get(name.rpartition(".")[2], 0.2) else "NCHW"
     weights = ".weight_" in name
     forward = not weights and (name.endswith("separable") or rng.random() < 0.75)
     mode = rng.choice(("constant", "constant", "constant", "reflect", "symmetric", "edge", "wrap"))

@@ -23,7 +23,9 @@ ANYWHERE, INSIDE, STREAMED = range(3)
 
 
 @functools.lru_cache(maxsize=64)
-def band(lanes: Lanes, rows: int, vectors: int, taps: int, stride: tuple[int, int], kind: int) -> Any:
+def band(
+    lanes: Lanes, rows: int, vectors: int, taps: int, stride: tuple[int, int], kind: int, interleaved: bool = False
+) -> Any:
     """The micro-kernel for ``taps`` kernel rows and strides of 1 or 2: a function of (count, k, k_next, x, x_next,
     y, y_next, bias, bias_next, KW, row, column, line, step, ldy, first, end, at, W, high, last, finish, floor).
 
@@ -32,9 +34,14 @@ def band(lanes: Lanes, rows: int, vectors: int, taps: int, stride: tuple[int, in
     from tap to tap across, ``ldy`` of y. ``x`` is where the first output's first tap is, in the image or not: lines
     [first, end) from there exist, and it is column ``at`` of the image's W. The first ``high`` rows and ``last``
     columns of the tile are written. With ``finish`` the number at ``bias`` is added, and the one at ``floor`` is the
-    least result.
+    least result. ``interleaved``: neighbouring columns have other weights and another bias, so that there is a vector
+    of them where otherwise is a number, and a tile is one vector wide.
     """
     down, across = stride
+
+    def given(e: Emitter, place: Value) -> Value:
+        """The weights, or the bias, of a vector of columns."""
+        return e.load(place) if interleaved else e.splat(e.builder.load(place))
 
     def emit(e: Emitter, count: Value, k: Value, k_next: Value, x: Value, x_next: Value, y: Value, y_next: Value,
              bias: Value, bias_next: Value, *others: Value) -> None:  # fmt: skip
@@ -59,7 +66,7 @@ def band(lanes: Lanes, rows: int, vectors: int, taps: int, stride: tuple[int, in
         q = builder.phi(I64)
         q.add_incoming(I64(0), entry)
         begun = e.sums(rows, vectors, [(entry, None)])
-        weights = [e.splat(builder.load(e.at(k, builder.mul(q, column), e.times(row, p)))) for p in range(taps)]
+        weights = [given(e, e.at(k, builder.mul(q, column), e.times(row, p))) for p in range(taps)]
         moved = builder.mul(q, step)
         masks = None
         if kind == ANYWHERE:
@@ -110,7 +117,7 @@ def band(lanes: Lanes, rows: int, vectors: int, taps: int, stride: tuple[int, in
         apart, write = e.block("apart"), e.block("write")
         builder.cbranch(builder.icmp_signed("!=", finish, I64(0)), apart, write)
         builder.position_at_end(apart)
-        offset, least = e.splat(builder.load(bias)), e.splat(builder.load(floor))
+        offset, least = given(e, bias), e.splat(builder.load(floor))
         finished = [[builder.fadd(total, offset) for total in totals] for totals in sums]
         finished = [
             [builder.select(builder.fcmp_ordered("<", total, least), least, total) for total in totals]
@@ -147,7 +154,7 @@ def band(lanes: Lanes, rows: int, vectors: int, taps: int, stride: tuple[int, in
                     else:
                         e.stream(result, place)
 
-    name = f"band_{lanes}_{rows}x{vectors}_{taps}_{down}{across}_{kind}"
+    name = f"band_{lanes}_{rows}x{vectors}_{taps}_{down}{across}_{kind}{'_interleaved' if interleaved else ''}"
     return routine(name, lanes, "ieieieiei" + 13 * "i" + "e", emit)
 
 
