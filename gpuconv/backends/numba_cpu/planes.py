@@ -119,7 +119,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         return tiles * width * across + reach
 
     def each(tiles: int) -> int:
-        return lines * pitch(tiles) + height * width + 64 // lanes.size
+        return lines * pitch(tiles) + height * tiles * width + 64 // lanes.size
 
     def scratch(tiles: int) -> int:
         weights = problem.O * problem.KH * problem.KW * lanes.size
@@ -271,7 +271,7 @@ def _kernel(
             x, line = memory, get(arguments, PITCH)
             copy(arguments, memory, source, first, end, left, (j1 - j0 + width - 1) // width * width * across + reach)
         beside = memory + size * lines * get(arguments, PITCH)
-        y, ldy = beside, width
+        y, ldy = beside, get(arguments, WIDE)
         whole = i1 - i0 == height and first == 0 and end == lines
         j = j0
         while j < j1:
@@ -281,12 +281,13 @@ def _kernel(
             if overlapping and j1 - j < wide <= j1 - j0:
                 j = j1 - wide
             at, last = j * across - get(arguments, LEFT), j1 - j
+            y = beside + size * (j - j0)
             if direct:
                 y, ldy = to + j * size, syh // size
             edge = at < 0 or at + width * across + reach > W_ or last < width
             count, k_next, x_next = planes, get(arguments, SKG), get(arguments, SXG)
             y_next, bias_next = get(arguments, SYG), 1
-            if planes == 1 and direct and not (narrow or edge):
+            if planes == 1 and not (narrow or edge):
                 # As many tiles side by side as are inside.
                 count, k_next, bias_next = min(last // width, (W_ - reach - at) // (width * across)), 0, 0
                 x_next, y_next, wide = width * across * size, width * size, count * width
@@ -303,11 +304,11 @@ def _kernel(
                 streamed(given)
             else:
                 inside(given)
-            if not direct:
-                syw = get(arguments, SYW)
-                for t in range(i1 - i0):
-                    write(to + t * syh + j * syw, beside + size * t * width, min(last, width), syw)
             j += wide
+        if direct == 0:
+            syw = get(arguments, SYW)
+            for t in range(i1 - i0):
+                write(to + t * syh + j0 * syw, beside + size * t * ldy, j1 - j0, syw)
 
     def convolve(arguments, thread, threads):
         G_, O_, OH_, OW_ = get(arguments, G), get(arguments, O), get(arguments, OH), get(arguments, OW)
