@@ -215,7 +215,7 @@ class Bound:
 
     def __call__(self, x: Any, k: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
         """Convolve ``x`` into ``out``."""
-        if packed is None:
+        if packed is None and self.form is not None:
             packed = _packed(self.plan, np.lib.stride_tricks.as_strided(k, *self.form))
         scratch = np.empty(self.plan.config["threads"] * self.plan.config["each"], self.lanes.dtype)
         self.task(x, packed, out, scratch, self.finish if bias is None else self._finishing(bias), self.fill)
