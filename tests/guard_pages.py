@@ -133,6 +133,13 @@ def is_fenced(array: np.ndarray) -> bool:
     return False
 
 
+def fenced(packed: Any, fence: Fence) -> Any:
+    """What was packed, inside the fence."""
+    if isinstance(packed, dict):
+        return {key: fenced(part, fence) for key, part in packed.items()}
+    return packed if is_fenced(packed) else fence.copy(packed)
+
+
 class FencedNumpy:
     """NumPy, with what it makes inside the fence; it stands for ``np`` in the kernels' modules."""
 
@@ -203,6 +210,7 @@ BUDGETS: dict[str, dict[str, tuple[Any, ...]]] = {
     "weight_grad": {"_ALONE": (0,), "_SUMS": (1, 4096), "_INPUTS": (1, 4096), "_OUTPUTS": (8, 64), "_LOT": (1, 100),
                     "_PART": (1,)},
     "weight_planes": {"_ALONE": (0,)},
+    "complex": {"_TERMS": (1, 4096)},
 }  # fmt: skip
 EXTENTS = (1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 14, 15, 16, 17, 20, 28, 31, 32, 33)
 WIDE = (47, 48, 49, 63, 64, 65, 95, 97, 127, 128, 129, 145, 200, 258, 300)
@@ -254,12 +262,15 @@ def problem_of(rng: random.Random, name: str, kinds: Sequence[str]) -> Conv2dPro
     """A random problem, or none if the draw has no result."""
     given = sizes(rng, name)
     kind = rng.choice(kinds)
+    if name.endswith("complex"):
+        kind = rng.choice(("complex64", "complex64", "complex64*float32", "float32*complex64"))
     kind, _, of_k = kind.partition("*")  # the type of x, or those of x and k
     if not of_k:
         of_k = "float32" if kind in ("float16", "bfloat16") and rng.random() < 0.3 else kind
     last = {"channels": 1.0, "interleaved": 1.0, "pixels": 0.4, "winograd": 0.4, "separable": 0.0}
     layout = "NHWC" if rng.random() < last.get(name.rpartition(".")[2], 0.2) else "NCHW"
-    weights = ".weight_" in name
+    weights = ".weight_" in name or (name.endswith("complex") and rng.random() < 0.2)
+    rectified = not weights and not name.endswith("complex") and rng.random() < 0.3
     forward = not weights and (name.endswith("separable") or rng.random() < 0.75)
     mode = rng.choice(("constant", "constant", "constant", "reflect", "symmetric", "edge", "wrap"))
     if not forward or name.endswith(("channels", "pixels", "lanes", "winograd")):
@@ -276,11 +287,11 @@ def problem_of(rng: random.Random, name: str, kinds: Sequence[str]) -> Conv2dPro
             bias=not weights and rng.random() < 0.5,
             stride=given["stride"], padding=given["padding"], dilation=given["dilation"],
             groups=given["groups"], padding_mode=mode, padding_value=filled and 1, flip=rng.random() < 0.2,
-            layout=layout, kernel_layout=order, activation="relu" if not weights and rng.random() < 0.3 else None,
+            layout=layout, kernel_layout=order, activation="relu" if rectified else None,
             precision="high" if name.endswith(("winograd", "separable")) else "highest",
-            op="weight_grad" if weights else "forward" if forward else "input_grad",
+            op="weight_grad" if weights else "forward" if forward else "input_grad", conjugate=not forward,
         )  # fmt: skip
-    except ValueError:
+    except (ValueError, TypeError):
         return None
     outputs = problem.result_size * max(problem.products, 1)
     return problem if outputs <= MOST else None
@@ -357,6 +368,8 @@ class Case:
 
 
 def _rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if dtype.kind == "c":
+        values = values + 1j * values[..., ::-1]
     return (99 * values).astype(np.int64).astype(dtype) if dtype.kind in "biu" else values.astype(dtype)
 
 
@@ -374,14 +387,15 @@ def form_of(rng: random.Random, repeats: bool) -> Form:
 
 
 def reference(problem: Conv2dProblem, x: Any, k: Any, bias: Any) -> np.ndarray:
-    """The result as implementations see it, in float64."""
-    wide = {name: "float64" for name in ("x_dtype", "k_dtype", "y_dtype")}
+    """The result as implementations see it, in float64 or complex128."""
+    dtype = "complex128" if any(array.dtype.kind == "c" for array in (x, k)) else "float64"
+    wide = {name: dtype for name in ("x_dtype", "k_dtype", "y_dtype")}
     problem = replace(problem, **wide, precision="highest")
     implementation = dispatch.implementation("numpy.reference")
     plan = implementation.plan(problem, Target("cpu"), 1 << 28)
-    views = [request.view(problem, which, a.astype(np.float64)) for which, a in enumerate((x, k))]
-    out = request.view(problem, 2, np.empty(held(problem, problem.result_shape, problem.op != "weight_grad")))
-    implementation.run(plan, Operands(*views, None if bias is None else bias.astype(np.float64)), out)
+    views = [request.view(problem, which, a.astype(dtype)) for which, a in enumerate((x, k))]
+    out = request.view(problem, 2, np.empty(held(problem, problem.result_shape, problem.op != "weight_grad"), dtype))
+    implementation.run(plan, Operands(*views, None if bias is None else bias.astype(dtype)), out)
     return out
 
 
@@ -406,8 +420,9 @@ def check(case: Case, y: np.ndarray, x: np.ndarray, k: np.ndarray, bias: np.ndar
         limit = 2e-5 * np.linalg.norm(magnitude.ravel())
         assert error <= limit, f"an error of {error:.3g}, and {limit:.3g} is allowed"
         return
-    answer = Answer(wanted, magnitude, problem.products, bias is not None, y.dtype)
-    error, limit = np.abs(y.astype(np.float64) - wanted), units.bound(answer).astype(np.float64)
+    parts = 1 + (y.dtype.kind == "c")  # whose products are sums of two, and whose error is that of both
+    answer = Answer(wanted.real, magnitude, parts * problem.products, bias is not None, y.real.dtype)
+    error, limit = np.abs(y.astype(wanted.dtype) - wanted), parts * units.bound(answer).astype(np.float64)
     wrong = ~(error <= (2 if y.dtype == np.float64 else 1.001) * limit)  # the reference rounds in float64 too
     where = np.unravel_index(np.argmax(wrong), wrong.shape)
     assert not wrong.any(), (
@@ -426,7 +441,7 @@ def run(case: Case, fence: Fence) -> None:
     operands = Operands(views[0], views[1], bias)
     if case.prepared and problem.op == "forward":
         packed = implementation.pack(plan, operands)
-        operands.packed = packed if is_fenced(packed) else fence.copy(packed)
+        operands.packed = fenced(packed, fence)
     implementation.run(plan, operands, views[2])
     check(case, views[2], x, k, bias)
     if case.number % 4 == 0 and problem.op == "forward" and problem.x_dtype == problem.k_dtype and not case.budgets:

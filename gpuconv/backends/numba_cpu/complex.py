@@ -104,6 +104,8 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
 
 
 def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
+    if not (problem.result_size and problem.products):  # a result without products takes no implementation
+        return Plan(problem, 0, _real(problem.sum_dtype), "no products")
     return (_plan_channels if _as_channels(problem) else _plan_terms)(problem, target, limit)
 
 
