@@ -53,7 +53,12 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
         # 1.4; 7×7: 1 to 16 of 512² 1.2, 1 to 64 1.7; 28² 1.0 to 1.1. Stride 2: 1 to 32 of 224², 3×3 0.86, 7×7 0.6.
         (
             "numba_cpu.planes",
-            first and channels == 1 and problem.KH <= 7 and outputs <= (8 if forward and problem.stride[1] > 1 else 64),
+            first
+            and channels == 1
+            and problem.KH <= 7
+            and outputs <= (8 if forward and problem.stride[1] > 1 else 64)
+            # Rows apart take a call each.
+            and (columns > 56 or max(1, *problem.dilation) == 1 or problem.KH == 1),
             "one channel per output, and few rows of taps: planes in place",
         ),
         # What planes does not serve. 14²: 0.3 of the time of numba_cpu.rows; 112²: five times as much.

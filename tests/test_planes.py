@@ -43,10 +43,16 @@ OTHERS: list[Any] = [
     ((1, 1, 3, 700), (1, 1, 2, 150), {"padding": (1, 10)}),
     ((2, 2, 19, 33), (4, 1, 4, 2), {"padding": 2, "stride": 2, "groups": 2}),
 ]
+# Kernel rows apart: each row of outputs by itself, also where the lines of some are fewer, or none.
+APART: list[Any] = [
+    ((2, 3, 13, 17), (3, 1, 3, 3), {"padding": ((2, 3), (1, 1)), "groups": 3, "dilation": 2}),
+    ((1, 1, 30, 131), (2, 1, 3, 3), {"dilation": (3, 2), "activation": "relu"}),
+    ((1, 2, 2, 9), (2, 1, 3, 3), {"padding": (7, 1), "groups": 2, "dilation": (4, 1)}),
+]
 # Planes of which a few fit the first-level cache, in two tiles each.
 SEVERAL: Any = ((1, 40, 15, 15), (40, 1, 3, 3), {"padding": 1, "groups": 40})
 QUICK = NARROW + WIDE + STEPS
-EVERY = [*QUICK, *(pytest.param(*posed, marks=pytest.mark.full) for posed in OTHERS)]
+EVERY = [*QUICK, *APART, *(pytest.param(*posed, marks=pytest.mark.full) for posed in OTHERS)]
 
 
 @pytest.mark.parametrize(("x_shape", "k_shape", "kwargs"), EVERY)
@@ -148,6 +154,9 @@ def test_refusals_name_the_reason():
     assert reasons("n1c3h9w9_o3kh3kw3_g3_f32") == ""
     assert "one channel per group, not 3" in reasons("n1c3h9w9_o3kh3kw3_f32")
     assert "registers for the weights of 7 kernel rows, not 8" in reasons("n1c3h9w9_o3kh8kw3_g3_f32")
+    assert reasons("n1c3h19w19_o3kh3kw3_d4g3_f32") == ""
+    assert "rows at most 16 apart, not 17" in reasons("n1c3h99w19_o3kh3kw3_d17g3_f32")
+    assert "dilation of the kernel's rows with a stride" in reasons("n1c3h19w19_o3kh3kw3_s2d2g3_f32")
     assert "strides of 1 and 2" in reasons("n1c3h9w9_o3kh3kw3_s3g3_f32")
     assert "layout NCHW" in reasons("n1c3h9w9_o3kh3kw3_g3_nhwc_f32")
     assert "at most 320" in reasons("n1c3h9w99_o3kh7kw46_g3_f32")

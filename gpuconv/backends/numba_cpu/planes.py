@@ -5,11 +5,15 @@
 Planes are read and written where they lie, a few columns wide and many rows high at a time (``planes_kernel``). Nothing
 is padded: what a tile at the border would read outside is left out. Operands with other steps between columns, and
 16-bit floats, pass through a copy of the lines that some rows of outputs read.
+
+Where the rows of the kernel are d apart, outputs d rows apart share lines, and others none: every d-th row of outputs
+and every d-th line make a convolution of their own, without dilation of rows, on views.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +39,8 @@ unavailable = runtime.unavailable
 _ROWS = 7
 # Registers for sums, weights and what is read, with 512 bits; others may have sixteen in all.
 _REGISTERS = 16
+# The most that kernel rows are apart, each of which takes a call.
+_APART = 16
 # Bytes of a line, of which a few together stay in a core's second-level cache.
 _LINE = 1 << 16
 # Bytes of a result that the last-level cache will not hold beside x. 2048²: 3×3 1.2, 5×5 1.7, 7×7 1.3 times as fast
@@ -73,8 +79,10 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
         reasons.append(f"it has registers for the weights of {_ROWS} kernel rows, not {problem.KH}")
     if problem.KH * problem.KW > BLOCK:
         reasons.append(f"it has one sum for all products, of which there are to be at most {BLOCK}")
-    if problem.KH > 1 and problem.dilation[0] > 1:
-        reasons.append("it has no dilation of the kernel's rows: outputs below each other would share no line")
+    if _dilated(problem) and problem.dilation[0] > _APART:
+        reasons.append(f"it is for kernel rows at most {_APART} apart, not {problem.dilation[0]}")
+    if _dilated(problem) and problem.op == "forward" and problem.stride[0] > 1:
+        reasons.append("it has no dilation of the kernel's rows with a stride of more than 1")
     if problem.bytes >= _BYTES:
         reasons.append(f"its arrays are larger than any memory, {problem.bytes} bytes")
     if problem.op == "forward" and max(problem.stride) > 2:
@@ -106,7 +114,35 @@ def _streams(problem: Conv2dProblem, lanes: Lanes) -> bool:
     return lanes.bits == 512 and problem.result_size * lanes.size >= _STREAM
 
 
+def _dilated(problem: Conv2dProblem) -> bool:
+    return problem.KH > 1 and problem.dilation[0] > 1
+
+
+def _apart(problem: Conv2dProblem) -> Iterator[tuple[slice, slice, Conv2dProblem]]:
+    """The lines, the rows of outputs and the problem of each convolution that dilated rows are cut into."""
+    step, (top, _) = problem.dilation[0], problem.padding[0]
+    for first in range(min(step, problem.OH)):
+        skipped, line = divmod(first - top, step)
+        lines, outputs = slice(line, None, step), slice(first, None, step)
+        high, made = len(range(problem.H)[lines]), len(range(problem.OH)[outputs])
+        pads = -skipped, made + problem.KH - 1 - high + skipped
+        dilation = 1, problem.dilation[1]
+        yield lines, outputs, replace(problem, H=high, padding=(pads, problem.padding[1]), dilation=dilation)
+
+
 def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
+    if not _dilated(problem):
+        return _plan_lines(problem, target, limit)
+    parts = [(lines, outputs, _plan_lines(part, target, limit)) for lines, outputs, part in _apart(problem)]
+    if not parts:
+        return _plan_lines(replace(problem, dilation=(1, 1)), target, limit)
+    plan = parts[0][2]
+    detail = f"rows {problem.dilation[0]} apart, {len(parts)} times {plan.detail}"
+    workspace = max(part.workspace for _, _, part in parts)
+    return Plan(problem, workspace, plan.sums_in, detail, {"lanes": plan.config["lanes"], "apart": parts})
+
+
+def _plan_lines(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     lanes = dense.lanes_of(problem, target)
     (down, across), step = problem.stride, problem.dilation[1]
     height, vectors = tile_of(problem, lanes)
@@ -155,7 +191,9 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
 
 
 def kernel_name(plan: Plan) -> str:
-    """The name of the kernel that runs it."""
+    """The name of the kernel that runs it; where rows are apart, the first."""
+    if "apart" in plan.config:
+        return kernel_name(plan.config["apart"][0][2])
     return kernel_of(plan.problem, plan.config["lanes"])[0]
 
 
@@ -192,6 +230,13 @@ class Bound:
         problem, config, self.plan = plan.problem, plan.config, plan
         self.lanes = lanes = config["lanes"]
         self.alone = problem.result_size * problem.products < ALONE
+        self.apart = [
+            (Bound(part, x[..., lines, :], k, out[..., outputs, :]), lines, outputs)
+            for lines, outputs, part in config.get("apart", ())
+        ]
+        if self.apart:
+            self.alone = all(bound.alone for bound, _, _ in self.apart)
+            return
         # Weights that cannot be read in place are copied on every call, as this view of them: a repeated call has the
         # caller's own array, whose axes may be in another order.
         self.copied = None
@@ -214,6 +259,10 @@ class Bound:
 
     def __call__(self, x: Any, k: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
         """Convolve ``x`` into ``out``."""
+        if self.apart:
+            for bound, lines, outputs in self.apart:
+                bound(x[..., lines, :], k, packed, bias, out[..., outputs, :])
+            return
         problem = self.plan.problem
         if packed is None:
             packed = k

@@ -181,7 +181,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int, parts: int = 1) ->
         threads = 1
     detail = f"strips of {high}×{wide} pixels, {ob} output and {geometry.kc} input channels at a time, {lanes}"
     plan = made(geometry, shape, threads, tasks <= REPACKED * threads * blocks * problem.groups, detail)
-    plan.config["parts"] = parts
+    plan.config["together"] = parts
     return plan
 
 
@@ -277,7 +277,7 @@ def _direct(plan: Plan, out: Any) -> bool:
 
 def kernel_name(plan: Plan) -> str:
     """The name of the kernel that runs it."""
-    parts = "" if plan.config["parts"] == 1 else "_parts"
+    parts = "" if plan.config["together"] == 1 else "_parts"
     return f"strip_{plan.config['lanes']}_{plan.problem.x_dtype}_{plan.problem.y_dtype}{parts}"
 
 
@@ -325,7 +325,7 @@ class Bound:
     def _kernel(self, out: Any) -> tuple[int, list[int], Any]:
         """The kernel, further entries of its table, and what they point to."""
         x, y = self.plan.problem.x_dtype, self.plan.problem.y_dtype
-        kernel = runtime.kernel(kernel_name(self.plan), lambda: _kernel(self.lanes, x, y, self.plan.config["parts"]))
+        kernel = runtime.kernel(kernel_name(self.plan), lambda: _kernel(self.lanes, x, y, self.plan.config["together"]))
         return kernel, [_direct(self.plan, out), SIZE[x], SIZE[y]], None
 
     def _finishing(self, bias: Any | None) -> Any:
