@@ -196,7 +196,7 @@ BUDGETS: dict[str, dict[str, tuple[Any, ...]]] = {
     "pixels": {"_ALONE": (0,), "_INPUTS": (1, 3000), "_PRODUCTS": (40, 400), "_PIXELS": (1, 7, 50),
                "_CACHED": tuple(dict.fromkeys((512, 256, 128), (size, size)) for size in (0, 1 << 30))},
     "rows": {"_IN_PLACE": (1, 20), "_WINDOW": (1, 9000)},
-    "planes": {"_LINE": (1, 400), "_STREAM": (0,), "ALONE": (0,)},
+    "planes": {"_LINE": (1, 400), "_STREAM": (0,), "_APART": (1, 1000), "ALONE": (0,)},
     "merged": {"_PIXELS": (70,)},
     "pointwise": {"_WEIGHTS": (1, 2000)},
     "separable": {"_WINDOW": (1, 9000), "_HIGH": (4, 8), "_WIDE": (20, 90)},

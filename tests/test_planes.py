@@ -110,6 +110,10 @@ def test_same_bits(x_shape, k_shape, kwargs):
     convolved(planes, strided, kernel, bias, out=out, **kwargs)
     assert np.array_equal(out, y)
     assert np.count_nonzero(np.isnan(memory)) == before
+    for threads in (1, 2):  # a phase of an input gradient: planes side by side, results apart
+        out = np.full((*y.shape[:3], 2 * y.shape[3]), np.nan, np.float32)
+        convolved(planes, x, k, bias, out=out[..., ::2], threads=threads, **kwargs)
+        assert np.array_equal(out[..., ::2], y) and np.isnan(out[..., 1::2]).all()
 
 
 @pytest.mark.parametrize("shift", [0, 1])

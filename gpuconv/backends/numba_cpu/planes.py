@@ -24,7 +24,7 @@ from gpuconv.backends.numba_cpu.copies import compiled, rows
 from gpuconv.backends.numba_cpu.microkernel import BLOCK
 from gpuconv.backends.numba_cpu.planes_kernel import ANYWHERE, INSIDE, STREAMED, band
 from gpuconv.backends.numba_cpu.strip import ALONE
-from gpuconv.backends.numba_cpu.vectors import Lanes, get, settle
+from gpuconv.backends.numba_cpu.vectors import Lanes, get, scalar, settle
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
@@ -49,8 +49,8 @@ _LINE = 1 << 16
 _STREAM = 1 << 24
 # Vectors of a row of outputs from which on it is wide.
 _WIDE = 64
-# Bytes of planes that stay in the first-level cache.
-_FIRST = 24 << 10
+# Bytes of planes that stay in the first-level cache, and of small planes of sums that are written out together.
+_FIRST, _TOGETHER = 24 << 10, 8 << 10
 
 # Of all arrays: beyond, extents may not be numbers of 64 bits.
 _BYTES = 1 << 62
@@ -154,8 +154,14 @@ def _plan_lines(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     def pitch(tiles: int) -> int:
         return tiles * width * across + reach
 
+    def together(tiles: int) -> int:
+        """Planes of one tile each whose sums are kept until they are written out."""
+        if problem.O != problem.groups or bands > 1 or tiles * width < problem.OW:
+            return 1
+        return max(1, min(problem.O, _TOGETHER // (height * tiles * width * lanes.size)))
+
     def each(tiles: int) -> int:
-        return lines * pitch(tiles) + height * tiles * width + 64 // lanes.size
+        return lines * pitch(tiles) + together(tiles) * height * tiles * width + 64 // lanes.size
 
     def scratch(tiles: int) -> int:
         weights = problem.O * problem.KH * problem.KW * lanes.size
@@ -186,7 +192,8 @@ def _plan_lines(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     }.items():  # fmt: skip
         table[index] = value
     detail = f"tiles of {height} rows × {width} columns, in place where the columns lie side by side, {lanes}"
-    config = {"lanes": lanes, "table": table, "threads": threads, "each": each(tiles), "at_once": at_once}
+    config = {"lanes": lanes, "table": table, "threads": threads, "each": each(tiles), "at_once": at_once,
+              "together": together(tiles)}  # fmt: skip
     return Plan(problem, scratch(tiles), lanes.dtype, detail, config)
 
 
@@ -251,7 +258,7 @@ class Bound:
         table[[SYN, SYG, SYO, SYH, SYW]] = out.strides
         table[[SKG, SKO, SKP, SKQ]] = *like.strides[:2], *like.strides[3:]
         table[NEAR_X], table[NEAR_Y] = _is_near(x, lanes), _is_near(out, lanes)
-        table[AT_ONCE] = config["at_once"] if table[NEAR_X] and table[NEAR_Y] else 1
+        table[AT_ONCE] = (config["at_once"] if table[NEAR_Y] else config["together"]) if table[NEAR_X] else 1
         self.scratch = 1 if table[NEAR_X] and table[NEAR_Y] else config["threads"] * config["each"]
         name, make = kernel_of(problem, lanes)
         self.task = runtime.Task(runtime.kernel(name, make), table[runtime.ARRAYS :], config["threads"], plan)
@@ -292,6 +299,8 @@ def _kernel(
     one = band(lanes, height, 1, KH, stride, ANYWHERE)
     read, _, _ = rows(lanes, x_dtype)
     _, write, _ = rows(lanes, y_dtype)
+    load, _ = scalar(lanes.dtype)
+    _, store = scalar(y_dtype, lanes.dtype)
 
     @compiled
     def copy(arguments, to, source, first, end, column, wide):
@@ -303,6 +312,15 @@ def _kernel(
             source += start * get(arguments, SXW)
             for line in range(first, end):
                 read(to + size * line * pitch, source + line * get(arguments, SXH), count, get(arguments, SXW))
+
+    @compiled
+    def leave(to, source, count, step):
+        """A row of sums, to where its elements lie apart: half of an input gradient's, of stride 2."""
+        if count > lane_count:
+            write(to, source, count, step)
+            return
+        for j in range(count):
+            store(to + j * step, load(source + j * size))
 
     @compiled
     def block(arguments, planes, k, image, target, i0, i1, j0, j1, bias, memory, stream):
@@ -320,7 +338,7 @@ def _kernel(
             x, line = memory, get(arguments, PITCH)
             copy(arguments, memory, source, first, end, left, (j1 - j0 + width - 1) // width * width * across + reach)
         beside = memory + size * lines * get(arguments, PITCH)
-        y, ldy = beside, get(arguments, WIDE)
+        ldy = syh // size if direct else get(arguments, WIDE)
         whole = i1 - i0 == height and first == 0 and end == lines
         j = j0
         while j < j1:
@@ -330,12 +348,10 @@ def _kernel(
             if overlapping and j1 - j < wide <= j1 - j0:
                 j = j1 - wide
             at, last = j * across - get(arguments, LEFT), j1 - j
-            y = beside + size * (j - j0)
-            if direct:
-                y, ldy = to + j * size, syh // size
+            y = to + j * size if direct else beside + (j - j0) * size
             edge = at < 0 or at + width * across + reach > W_ or last < width
             count, k_next, x_next = planes, get(arguments, SKG), get(arguments, SXG)
-            y_next, bias_next = get(arguments, SYG), 1
+            y_next, bias_next = get(arguments, SYG) if direct else height * ldy * size, 1
             if planes == 1 and not (narrow or edge):
                 # As many tiles side by side as are inside.
                 count, k_next, bias_next = min(last // width, (W_ - reach - at) // (width * across)), 0, 0
@@ -354,10 +370,13 @@ def _kernel(
             else:
                 inside(given)
             j += wide
-        if direct == 0:
-            syw = get(arguments, SYW)
-            for t in range(i1 - i0):
-                write(to + t * syh + j0 * syw, beside + size * t * ldy, j1 - j0, syw)
+        if not direct:
+            for plane in range(planes):
+                for t in range(i1 - i0):
+                    leave(
+                        to + plane * get(arguments, SYG) + t * syh + j0 * get(arguments, SYW),
+                        beside + size * (plane * height + t) * ldy, j1 - j0, get(arguments, SYW),
+                    )  # fmt: skip
 
     def convolve(arguments, thread, threads):
         G_, O_, OH_, OW_ = get(arguments, G), get(arguments, O), get(arguments, OH), get(arguments, OW)
