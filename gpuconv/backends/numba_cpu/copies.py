@@ -112,7 +112,7 @@ def _weave(e: Emitter, to: Value, real: Value, imaginary: Value, count: Value) -
 
 
 def _each(e: Emitter, count: Value, whole: Callable[[Value], None], cut: Callable[[Value, Value], None]) -> None:
-    """``whole(i)`` for every vector of a row, ``cut(i, mask)`` for what is left.
+    """``whole(i)`` for every vector of a row, ``cut(i, rest)`` for what is left, ``rest`` elements.
 
     Processors without AVX-512 are slow to store the first lanes of a vector: there the last vector overlaps the one
     before it, and only rows shorter than a vector are cut.
@@ -122,25 +122,37 @@ def _each(e: Emitter, count: Value, whole: Callable[[Value], None], cut: Callabl
     rest = builder.sub(count, i)
     with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
         if e.lanes.bits == 512:
-            cut(i, e.mask(rest))
+            cut(i, rest)
         else:
             with builder.if_else(builder.icmp_signed(">", i, I64(0))) as (long, short):
                 with long:
                     whole(builder.sub(count, I64(lanes)))
                 with short:
-                    cut(i, e.mask(rest))
+                    cut(i, rest)
+
+
+def _store_first(e: Emitter, value: Value, place: Value, rest: Value) -> None:
+    """The first ``rest`` lanes of a vector, fewer than all: without AVX-512 in pieces, a row of a small plane."""
+    if e.lanes.bits == 512:
+        e.masked_store(value, place, e.mask(rest))
+    else:
+        e.store_first(value, place, rest)
 
 
 def _widen(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> None:
-    def cut(i: Value, mask: Value) -> None:
-        e.masked_store(e.masked_load(e.at(source, i), mask, stored), e.at(to, i), mask)
+    def cut(i: Value, rest: Value) -> None:
+        _store_first(e, e.masked_load(e.at(source, i), e.mask(rest), stored), e.at(to, i), rest)
 
     _each(e, count, lambda i: e.store(e.load(e.at(source, i), stored), e.at(to, i)), cut)
 
 
 def _narrow(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> None:
-    def cut(i: Value, mask: Value) -> None:
-        e.masked_store(e.masked_load(e.at(source, i), mask), e.at(to, i), mask, stored)
+    def cut(i: Value, rest: Value) -> None:
+        value, place, mask = e.masked_load(e.at(source, i), e.mask(rest)), e.at(to, i), e.mask(rest)
+        if stored == e.lanes.dtype:
+            _store_first(e, value, place, rest)
+        else:
+            e.masked_store(value, place, mask, stored)
 
     _each(e, count, lambda i: e.store(e.load(e.at(source, i)), e.at(to, i), stored), cut)
 
@@ -151,8 +163,8 @@ def _widen2(e: Emitter, to: Value, source: Value, count: Value, stored: str) -> 
     def place(i: Value) -> Value:
         return e.at(source, e.builder.mul(i, I64(2)))
 
-    def cut(i: Value, mask: Value) -> None:
-        e.masked_store(e.masked_load_even(place(i), e.builder.sub(count, i), stored), e.at(to, i), mask)
+    def cut(i: Value, rest: Value) -> None:
+        _store_first(e, e.masked_load_even(place(i), e.builder.sub(count, i), stored), e.at(to, i), rest)
 
     _each(e, count, lambda i: e.store(e.load_even(place(i), stored), e.at(to, i)), cut)
 
@@ -164,9 +176,9 @@ def _fill(e: Emitter, to: Value, value_at: Value, count: Value) -> None:
     def one(i: Value) -> None:
         e.builder.store(number, e.at(to, i))
 
-    def cut(i: Value, mask: Value) -> None:
+    def cut(i: Value, rest: Value) -> None:
         if e.lanes.bits == 512:
-            e.masked_store(value, e.at(to, i), mask)
+            e.masked_store(value, e.at(to, i), e.mask(rest))
         else:  # a border of one or two, mostly
             e.loop(i, count, 1, one)
 
