@@ -151,6 +151,18 @@ def test_little_scratch_gives_the_same_bits(stride):
     assert np.array_equal(y, wanted)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_transposed_image_with_columns_far_apart(sign):
+    """It is copied a few columns at a time, the last of them fewer."""
+    stored = np.random.default_rng(0).standard_normal((21, 256), np.float32)
+    x, k = stored[::sign].T, np.arange(9, dtype=np.float32).reshape(3, 3)
+    assert abs(x.strides[1]) == planes._FAR and x.shape[1] % planes._ABREAST
+    given = {"padding": 1, "backend": "numba_cpu.planes"}
+    y = gpuconv.conv2d(x, k, **given)
+    assert np.array_equal(y, gpuconv.conv2d(x.copy("C"), k, **given))
+    assert np.allclose(y, gpuconv.conv2d(x, k, padding=1, backend="numpy.reference"), atol=1e-4)
+
+
 def test_refusals_name_the_reason():
     def reasons(line: str) -> str:
         return "; ".join(planes.unsupported(Conv2dProblem.parse(line), gpuconv.backends.protocol.Target("cpu")))
