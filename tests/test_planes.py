@@ -163,6 +163,15 @@ def test_a_transposed_image_with_columns_far_apart(sign):
     assert np.allclose(y, gpuconv.conv2d(x, k, padding=1, backend="numpy.reference"), atol=1e-4)
 
 
+def test_what_dilated_kernels_are_chosen_for():
+    def chosen(line: str) -> str:
+        return gpuconv.explain(line, device="cpu").implementation
+
+    assert chosen("n1c1h99w99_o1kh5kw5_d2_f32") == planes.NAME
+    assert chosen("n1c4h20w20_o4kh3kw3_d2g4_f32") == planes.NAME
+    assert chosen("n1c32h20w20_o32kh3kw3_d2g32_f32") == "numba_cpu.lanes"
+
+
 def test_refusals_name_the_reason():
     def reasons(line: str) -> str:
         return "; ".join(planes.unsupported(Conv2dProblem.parse(line), gpuconv.backends.protocol.Target("cpu")))

@@ -138,8 +138,13 @@ def _plan_terms(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     size, row = 2 * dtypes.itemsize(_real(problem.y_dtype)), problem.O // problem.groups * problem.OW
     apart = len(every) > 2
     if apart and problem.op != "weight_grad":
-        most = max(min(limit // 2, _TERMS), size * row)
-        block = schedule.fit(extents, lambda n, g, rows: size * n * g * rows * row, most, f"{NAME} on {problem}")
+        least = 1 if _by_rows(problem, every) else problem.OH
+        most = max(min(limit // 2, _TERMS), size * least * row)
+        n, g, rows = schedule.fit(
+            (problem.N, problem.groups, problem.OH // least),
+            lambda n, g, rows: size * n * g * rows * least * row, most, f"{NAME} on {problem}",
+        )  # fmt: skip
+        block = n, g, rows * least
     elements = problem.result_size if problem.op == "weight_grad" else math.prod(block) * row
     taken = 4096 + (size * elements if apart else 0)
     # Each implementation makes something of each part of k, which all may be kept.
@@ -160,6 +165,15 @@ def _plan_terms(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         "scratch": 2 * elements if apart else 0,
     }  # fmt: skip
     return Plan(problem, workspace, _real(problem.sum_dtype), detail, config)
+
+
+def _by_rows(problem: Conv2dProblem, terms: list[Term]) -> bool:
+    """Whether some rows of outputs get the same bits as all at once: of ``rows``, which adds up lines by their position
+    modulo the stride, only without one. Of the others it is not known.
+    """
+    plain = problem.stride[0] == problem.dilation[0] == 1
+    served = {"numba_cpu.planes", "numba_cpu.strip", *(["numba_cpu.rows"] if plain else [])}
+    return served.issuperset(term.name for term in terms)
 
 
 Place = tuple[slice, ...]  # images, groups and rows of outputs
