@@ -61,9 +61,10 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
             and not (apart and depthwise and problem.groups >= 16 and columns <= 56),
             "one channel per output, and few rows of taps: planes in place",
         ),
-        # Kernel rows two apart, AVX2, planes over strip: 5×5 of 2048² 3.9, of 512² 3.1; depthwise 3×3 of 28² 1.4, of 56²
-        # 2.0, where lanes has 2.5 and 2.5; of 112² 3.6, lanes 2.8.
-        # What planes does not serve, or not as well. 14²: 0.3 of the time of numba_cpu.rows; 112²: five times as much.
+        # Kernel rows two apart, AVX2, planes over strip: 5×5 of 2048² 3.9, of 512² 3.1; depthwise 3×3 of 28² 1.4,
+        # of 56² 2.0, where lanes has 2.5 and 2.5; of 112² 3.6, lanes 2.8.
+        # What planes does not serve, or not as well. 14²: 0.3 of the time of numba_cpu.rows; 112²: five times as
+        # much.
         (
             "numba_cpu.lanes",
             first and depthwise and problem.groups >= 16 and columns <= 56,
