@@ -137,8 +137,8 @@ def implementation(name: str) -> Implementation:
     except ModuleNotFoundError as error:
         if library_of(name) != "numba_cpu" or error.name not in ("numba", "llvmlite"):
             raise
-        ops = ("weight_grad",) if ".weight_" in name else ("forward", "input_grad")
-        ops += ("weight_grad",) * (name == "numba_cpu.complex")
+        ops = {"weight_grad"} if ".weight_" in name else {"forward", "input_grad"}
+        ops |= {"weight_grad"} if name == "numba_cpu.complex" else set()
         return Absent(name, f"Numba is not installed ({error.name} is missing); pip install numba", frozenset(ops))
     return module  # type: ignore[no-any-return]
 

@@ -74,8 +74,8 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     """Why this cannot run ``problem``."""
     if not any(map(dtypes.is_complex, (problem.x_dtype, problem.k_dtype))):
         return ["it is for complex numbers"]
-    general = weight_grad if problem.op == "weight_grad" else strip
-    return general.unsupported(_part_of(problem, "real"), target)
+    general = weight_grad.unsupported if problem.op == "weight_grad" else strip.unsupported
+    return general(_part_of(problem, "real"), target)
 
 
 def _terms(problem: Conv2dProblem, target: Target, limit: int) -> dict[str, list[Term]]:
@@ -122,7 +122,8 @@ def _as_channels(problem: Conv2dProblem) -> bool:
 
 
 def _plan_channels(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
-    weights = 4 * math.prod(problem.k_shape) * dtypes.itemsize(_real(problem.k_dtype)) + 4096
+    # The weights of the real convolution, and a part with its sign changed.
+    weights = 5 * math.prod(problem.k_shape) * dtypes.itemsize(_real(problem.k_dtype)) + 4096
     if weights > limit:
         raise schedule.shortage(f"{NAME} on {problem}", weights, limit)
     real = replace(_part_of(problem, "real"), C=2 * problem.C, O=2 * problem.O)
@@ -150,8 +151,8 @@ def _plan_terms(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     # Each implementation makes something of each part of k, which all may be kept.
     most_of: dict[tuple[str, str], int] = {}
     for term in every:
-        for n, g, i in _corners(extents, block):
-            inner = _inner(term, n, g, i, target, limit - taken)
+        for place in _corners(extents, block):
+            inner = _inner(term, place, target, limit - taken)
             key = term.name, term.second
             most_of[key] = max(most_of.get(key, 0), inner.workspace)
     workspace = taken + sum(most_of.values())
@@ -176,7 +177,7 @@ def _by_rows(problem: Conv2dProblem, terms: list[Term]) -> bool:
     return served.issuperset(term.name for term in terms)
 
 
-Place = tuple[slice, ...]  # images, groups and rows of outputs
+Place = tuple[slice, slice, slice]  # images, groups and rows of outputs
 
 
 def _corners(extents: tuple[int, ...], block: tuple[int, ...]) -> Iterator[Place]:
@@ -186,8 +187,9 @@ def _corners(extents: tuple[int, ...], block: tuple[int, ...]) -> Iterator[Place
         yield axes[0][n][0], axes[1][g][0], axes[2][i][0]
 
 
-def _inner(term: Term, n: slice, g: slice, i: slice, target: Target, limit: int) -> Plan:
+def _inner(term: Term, place: Place, target: Target, limit: int) -> Plan:
     """The plan of a term for one block."""
+    n, g, i = place
     problem, rows = term.problem, i.stop - i.start
     groups = g.stop - g.start
     if rows != problem.OH:
@@ -209,7 +211,7 @@ def _packings(plan: Plan) -> dict[tuple[str, str], Plan]:
     config, found = plan.config, {}
     first = next(_corners(config["extents"], config["block"]))
     for term in (*config["terms"]["real"], *config["terms"]["imag"]):
-        found[term.name, term.second] = _inner(term, *first, config["target"], config["limit"])
+        found[term.name, term.second] = _inner(term, first, config["target"], config["limit"])
     return found
 
 
@@ -267,8 +269,8 @@ def _run_terms(plan: Plan, operands: Operands, out: Any) -> None:
     problem, config = plan.problem, plan.config
     scratch = np.empty(config["scratch"], plan.sums_in)
     with np.errstate(all="ignore"):  # infinities and NaN are results here, not accidents
-        for place in schedule.blocks(config["extents"], config["block"]):
-            n, g, i = place
+        for n, g, i in schedule.blocks(config["extents"], config["block"]):
+            place = n, g, i
             for part, terms in config["terms"].items():
                 y = _view(out, part)
                 if problem.op != "weight_grad":
@@ -281,14 +283,14 @@ def _run_terms(plan: Plan, operands: Operands, out: Any) -> None:
                     made = [_like(y, half, problem.layout) for half in np.split(scratch, 2)]
                     for term, sums in zip(terms, made, strict=True):
                         _term(plan, term, place, operands, part, sums)
-                    (np.add if terms[1].sign > 0 else np.subtract)(*made, out=y)
+                    (np.add if terms[1].sign > 0 else np.subtract)(made[0], made[1], out=y)
 
 
 def _term(plan: Plan, term: Term, place: Place, operands: Operands, part: str, out: Any) -> None:
     """Write the block of a term, without its sign, into ``out``."""
     n, g, _ = place
     config, implementation = plan.config, dispatch.implementation(term.name)
-    inner = _inner(term, *place, config["target"], config["limit"])
+    inner = _inner(term, place, config["target"], config["limit"])
     x, k = _view(operands.x, term.first), _view(operands.k, term.second)
     packed, bias = None, None
     if inner.problem.op == "weight_grad":
