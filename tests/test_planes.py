@@ -180,7 +180,7 @@ def test_refusals_name_the_reason():
     assert "one channel per group, not 3" in reasons("n1c3h9w9_o3kh3kw3_f32")
     assert "registers for the weights of 7 kernel rows, not 8" in reasons("n1c3h9w9_o3kh8kw3_g3_f32")
     assert reasons("n1c3h19w19_o3kh3kw3_d4g3_f32") == ""
-    assert "rows at most 16 apart, not 17" in reasons("n1c3h99w19_o3kh3kw3_d17g3_f32")
+    assert "rows at most 16 apart, not 17" in reasons("n1c3h99w19_o3kh3kw3_d17x1g3_f32")
     assert "dilation of the kernel's rows with a stride" in reasons("n1c3h19w19_o3kh3kw3_s2d2g3_f32")
     assert "strides of 1 and 2" in reasons("n1c3h9w9_o3kh3kw3_s3g3_f32")
     assert "layout NCHW" in reasons("n1c3h9w9_o3kh3kw3_g3_nhwc_f32")
