@@ -124,6 +124,12 @@ def test_what_it_is_chosen_for():
             assert gpuconv.explain(image, kernel, **options, padding_mode=mode).implementation == NAME
     wide = gpuconv.explain((64, 80, 128), (128, 1, 3, 3), groups=128, layout="NHWC", padding=1)
     assert wide.implementation == "numba_cpu.channels"
+    options = {"groups": 48, "layout": "NHWC", "padding": 1}
+    for mode, chosen in (("constant", "numba_cpu.channels"), ("reflect", NAME)):
+        report = gpuconv.explain((64, 80, 48), (48, 1, 3, 3), **options, padding_mode=mode)
+        assert report.implementation == chosen
+    two = gpuconv.explain((64, 80, 3), (6, 1, 3, 3), groups=3, layout="NHWC", padding=1)
+    assert two.implementation == "numba_cpu.strip"
 
 
 def test_what_it_refuses():
