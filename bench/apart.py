@@ -27,7 +27,7 @@ from bench.timing import Clock, Effort
 from gpuconv.problem import Conv2dProblem
 
 STARTS = 180.0  # seconds that a new process may take until it is ready: it imports PyTorch and finds the GPU
-PATIENCE = 60.0  # seconds without a word, and up to twice that: kernels are compiled, cuDNN tries its algorithms
+PATIENCE = 60.0  # seconds without a word, beside those of the timing: kernels are compiled, cuDNN tries algorithms
 _SLICE = 0.5  # seconds
 _STRIKES = 2
 _TIMING = "timing"
@@ -104,10 +104,14 @@ class Apart:
     def __call__(self, row: Row, seconds: float) -> dict[str, Any]:
         """What ``drive.measure`` found, of as many of the contenders as can be measured."""
         out = {who: why for who, why in self.reasons.items() if self.strikes[who] >= _STRIKES}
+        again = True  # where nobody was next yet, once
         while True:
             measured, culprit, why = self._once(row, seconds, out)
             if measured is not None:
                 return measured
+            if again and not culprit:
+                again = False
+                continue
             if not culprit or culprit in out or culprit == _TIMING:
                 return drive.refused(RuntimeError(f"{culprit or 'the row'}: {why}"))
             self.strikes[culprit] += 1
@@ -116,7 +120,7 @@ class Apart:
 
     def _once(self, row: Row, seconds: float, out: dict[str, str]) -> tuple[dict[str, Any] | None, str, str]:
         """What was measured; or None, who was next when the process was lost, and how."""
-        culprit, patience = "", self.patience + min(4 * seconds, self.patience)
+        culprit, patience = "", self.patience
         try:
             if self._process is None:
                 self._start()
@@ -129,6 +133,8 @@ class Apart:
                     self.close()
                     return None, culprit, f"it left the device broken: {said}"
                 culprit = said
+                if culprit == _TIMING:
+                    patience += 2 * seconds
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return None, culprit, f"its process died with exit code {self.close(wait=2)}"
         except BaseException:
@@ -148,7 +154,8 @@ class Apart:
                 raise EOFError
             self._connection.recv()
         except EOFError:
-            raise drive.Lost(f"no process can measure any more; the last ended with code {self.close()}") from None
+            code = self.close(wait=2)
+            raise drive.Lost(f"no process can measure any more; the last ended with code {code}") from None
 
     def _comes(self, seconds: float) -> bool:
         """Whether word comes within so many seconds, of which those do not count in which the machine was asleep."""

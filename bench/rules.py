@@ -124,6 +124,8 @@ def field(rig: gpu.Rig, rule: Rule) -> drive.Enter:
 
     def enter(problem: Conv2dProblem, given: Arrays) -> drive.Field:
         ours: dict[str, drive.Ours | str] = {}
+        if not (rule.host or type(rig) is gpu.Rig or dispatch.has_cupy()):
+            return drive.Field(ours, {})  # CuPy holds the operands, and nobody asked for these rows
         for label, value in rule.values.items():
             try:
                 ours[label] = contender(rig, rule, value, problem, given)

@@ -250,7 +250,7 @@ def test_who_hangs_dies_or_breaks_the_gpu_costs_its_own_figures_alone(tmp_path, 
     monkeypatch.setattr(apart, "_STRIKES", 1)
     rows = layers.from_lines([f"n1c1h9w{columns}_o1kh3kw3" for columns in (8, 9, 10, 11, 12, 13)])
     book = record.Record(tmp_path / "rows.json", "test", {}, rows)
-    measuring = apart.Apart(stumbling, (tmp_path,), timing.QUICK, patience=5)
+    measuring = apart.Apart(stumbling, (tmp_path,), timing.QUICK, patience=8)
     kept = []
     try:
         assert drive.run(rows, measuring, book, 10, lambda line: kept.append(book.path.read_text())) is None
@@ -267,7 +267,7 @@ def test_who_hangs_dies_or_breaks_the_gpu_costs_its_own_figures_alone(tmp_path, 
     assert ["".join(name[0] for name in names if said[name]) for said in found] == expected
     assert found[1]["raises"] == "MemoryError: no room"
     assert found[2]["dies"] == "its process died with exit code 7"
-    assert "hung: nothing came of it in 10 s" in found[3]["hangs"]
+    assert "hung: nothing came of it in 8 s" in found[3]["hangs"]
     assert found[4]["breaks"] == "it left the device broken: cudaErrorIllegalAddress"
     assert found[5]["hangs"].startswith("left out, because of n1c1h9w11")
     assert measuring.strikes == {"dies": 1, "hangs": 1, "breaks": 1}
