@@ -231,3 +231,14 @@ def test_weights_of_any_order_in_memory_are_packed_alike():
         }
         wanted = packed["plain", 1]
         assert [key for key, value in packed.items() if value != wanted] == []
+
+
+@pytest.mark.parametrize(("N", "plane", "threads", "pixels_at_once"), [(2, 14, 2, 196), (8, 7, 2, 196), (8, 7, 1, 392),
+                                                                       (32, 7, 2, 392), (4, 8, 8, 64)])  # fmt: skip
+def test_small_images_are_shared_out_over_the_threads(N, plane, threads, pixels_at_once):
+    """However many of them fit a unit of work."""
+    problem = problems.Conv2dProblem.of(
+        (N, 128, plane, plane), (64, 128, 3, 3), x_dtype="float32", k_dtype="float32", padding=1
+    )
+    plan = pixels.plan(problem, protocol.Target("cpu", threads=threads), 1 << 28)
+    assert f"tap by tap, {pixels_at_once} pixels at a time" in plan.detail

@@ -201,6 +201,9 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         units = -(-total // unit[2])
     elif way == TAPS:
         wanted = max(1, min(problem.N, 400 // plane))
+        if shares == 1:  # as many units for each thread
+            units = -(-problem.N // wanted)
+            wanted = max(1, -(-problem.N // (-(-units // threads) * threads)))
         images, _, _ = schedule.fit((wanted, problem.OH, problem.OW), scratch, limit, what)
         unit, units = (images, problem.OH, problem.OW), -(-problem.N // images)
     else:
