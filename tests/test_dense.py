@@ -7,12 +7,13 @@ from typing import Any
 
 import calls
 import cases
+import numba
 import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import request
-from gpuconv.backends.numba_cpu import merged, pointwise, runtime, strip
+from gpuconv import arrays, request
+from gpuconv.backends.numba_cpu import merged, pixels, pointwise, runtime, strip
 from gpuconv.backends.protocol import Operands, Target
 from gpuconv.problem import Conv2dProblem
 
@@ -117,6 +118,11 @@ def test_the_cache_decides_blocks_and_no_bit(monkeypatch):
         plans.add(strip.plan(Conv2dProblem.parse(line), Target("cpu", None, 2), MOST).detail)
         results.add(computed(strip, line.removesuffix("_f32"), "f32", None, 2)[0].tobytes())
     assert len(plans) == 3 and len(results) == 1  # 1 MB and more are alike
+    details = set()
+    for size in (64 << 10, 1 << 20, 32 << 20):
+        monkeypatch.setattr(runtime, "l2_bytes", lambda size=size: size)
+        details.add(pixels.plan(Conv2dProblem.parse(line), Target("cpu", None, 2), MOST).detail)
+    assert len(details) == 2
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="tells it otherwise")
@@ -161,6 +167,25 @@ def test_threads_are_limited(monkeypatch):
     assert runtime.thread_count() == 1
     y = gpuconv.conv2d(np.ones((2, 32, 40, 40), np.float32), np.ones((32, 32, 3, 3), np.float32))
     assert (y == 288).all()
+
+
+def test_the_number_of_threads_is_that_of_numba():
+    before = numba.get_num_threads()
+    try:
+        numba.set_num_threads(1)
+        assert runtime.thread_count() == 1
+    finally:
+        numba.set_num_threads(before)
+    assert runtime.thread_count() == before
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("float32", (3, 5, 1000)), ("uint8", (1 << 15,)), ("float64", (70, 70))])
+def test_large_results_begin_at_a_cache_line(dtype, shape):
+    kept = [arrays.empty(shape, dtype) for _ in range(5)]
+    for index, y in enumerate(kept):
+        assert (y.shape, y.dtype, y.ctypes.data % 64) == (shape, dtype, 0) and y.flags.c_contiguous
+        y[...] = index
+    assert all((y == index).all() for index, y in enumerate(kept))
 
 
 ONE_KERNEL = """

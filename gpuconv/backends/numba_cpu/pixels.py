@@ -48,13 +48,16 @@ _WAYS = ("in place", "strips", "tap by tap")
 # machines with AVX-512 and of others.
 _CACHED = {512: (1 << 16, 1 << 20), 256: (5 << 16, 1 << 18), 128: (5 << 16, 1 << 18)}
 _LIGHT = 1 << 20  # bytes of weights that every thread may go through
-_INPUTS = 800 << 10  # bytes of a strip's copy of x
+_INPUTS = 800 << 10  # bytes of a strip's copy of x, in a second-level cache of 1 MB; of less where that is smaller
 _PRODUCTS = 1024  # of a panel of weights at once, where they do not stay in the cache
 _PIXELS = 1024  # of a unit
-_COPIED = 640 << 10  # bytes of the copies of a unit
+# Bytes of the copies of a unit. Weights as they are are packed panel by panel where there is one unit: without AVX-512
+# that is worth more than a copy that stays in the cache.
+_COPIED = {512: 640 << 10, 256: 1 << 20, 128: 1 << 20}
 _LEAST_OUTPUTS = 8  # per group
 _WINDOW = 1 << 22  # elements of a window that is copied
 _PLANE = 1024  # pixels of an image that is gone through tap by tap
+_TASKS, _FEWEST = 4, 192  # units for a thread where work is shared out finely, and pixels that are worth a strip
 _ALONE = 1 << 19  # products below which starting threads costs more than it gives
 
 
@@ -162,6 +165,9 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     if way == TAPS and problem.N % threads:
         few = True
     shares = threads if few and way != STRIPS and panels % threads == 0 else 1
+    finer = lanes.bits < 512  # so that a core that is slowed down holds nobody up; not measured with AVX-512
+    if finer and few and way != STRIPS and not inside and (panels % threads == 0 or panels >= 4 * threads):
+        shares = panels
     lists = len(taps) if way == TAPS else 1
     summed = panels * width if inside else width  # outputs that a copy of y has at once
     # A kernel row of a strip lies side by side; copied pixels of many channels otherwise must not share cache places.
@@ -192,9 +198,11 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     if way == IN_PLACE:
         held = _PIXELS
         if problem.layout == "NCHW":  # pixels are copied, and so are their sums
-            held = max(_COPIED // ((channels + summed) * lanes.size), 2 * MP)
+            held = max(_COPIED[lanes.bits] // ((channels + summed) * lanes.size), 2 * MP)
         _, _, most = schedule.fit((1, 1, min(total, held)), scratch, limit, what)
         units = -(-total // max(most, 1))
+        if finer and shares == 1:
+            units = max(units, min(_TASKS * threads, total // (_FEWEST // 2)))
         units = -(-units // threads) * threads if shares == 1 else units
         even = -(-total // max(units, 1))
         unit = (1, 1, max(min(-(-even // MP) * MP, most), 1))
@@ -208,7 +216,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         unit, units = (images, problem.OH, problem.OW), -(-problem.N // images)
     else:
         unit = (1, *_strip(problem, schedule.fit((1, problem.OH, problem.OW), scratch, limit, what)[1:],
-                           lambda *unit: sizes(1, *unit)[2] * lanes.size, threads))  # fmt: skip
+                           lambda *unit: sizes(1, *unit)[2] * lanes.size, threads, finer))  # fmt: skip
         units = problem.N * -(-problem.OH // unit[1]) * -(-problem.OW // unit[2])
     count, pitch, inputs, sums = sizes(*unit)
     runs, stages = _runs(way, channels, taps, problem, pitch, inside)
@@ -234,14 +242,17 @@ def _with_taps(stages: list[tuple[int, ...]], taps: list[tuple[int, int]]) -> li
 
 
 def _strip(
-    problem: Conv2dProblem, most: tuple[int, ...], size: Callable[[int, int], int], threads: int
+    problem: Conv2dProblem, most: tuple[int, ...], size: Callable[[int, int], int], threads: int, finer: bool
 ) -> tuple[int, int]:
     """Output rows and columns of a strip: as many as the cache holds, at most ``most``, in equal shares."""
     high, wide = most
-    wide = schedule.halved(wide, lambda w: size(1, w) <= _INPUTS, at_least=32)
+    held = _INPUTS * min(runtime.l2_bytes(), 1 << 20) >> 20
+    wide = schedule.halved(wide, lambda w: size(1, w) <= held, at_least=32)
     wide = -(-problem.OW // -(-problem.OW // max(wide, 1)))
-    high = 1 if wide < problem.OW else schedule.halved(high, lambda h: size(h, wide) <= _INPUTS)
+    high = 1 if wide < problem.OW else schedule.halved(high, lambda h: size(h, wide) <= held)
     strips = -(-problem.OH // max(high, 1))
+    if finer:
+        strips = max(strips, min(_TASKS * threads // max(problem.N, 1), problem.OH * problem.OW // _FEWEST))
     if problem.N * problem.groups % threads:
         strips = -(-strips // threads) * threads
     return max(1, -(-problem.OH // max(strips, 1))), max(wide, 1)

@@ -257,16 +257,21 @@ _TURNED, _APART, _BETWEEN = range(3)
 
 
 def _transposed(e: Emitter, to: Value, source: Value, places: Value, ld: Value, count: Value, present: Value,
-                width: Value) -> None:  # fmt: skip
-    """to[places[k]·width + i] = source[i·ld + k] for as many i as there are lanes, zero from i = present on."""
+                width: Value, squares: int) -> None:  # fmt: skip
+    """to[places[k]·width + i] = source[i·ld + k] for as many i as there are lanes, zero from i = present on; with
+    several ``squares`` for as many times the lanes, which are all present, and at least as many k as there are lanes.
+    """
     builder, n = e.builder, e.lanes.count
 
     def place(k: Value, u: int) -> Value:
         return e.at(to, builder.mul(builder.load(e.at(places, k, u)), width))
 
     def square(k: Value) -> None:
-        for u, column in enumerate(e.transposed([e.load(e.at(source, e.times(ld, i), k)) for i in range(n)])):
-            e.store(column, place(k, u))
+        lines = [place(k, u) for u in range(n)] if squares > 1 else []
+        for first in range(0, n * squares, n):
+            rows = [e.load(e.at(source, e.times(ld, first + i), k)) for i in range(n)]
+            for u, column in enumerate(e.transposed(rows)):
+                e.store(column, e.at(lines[u], first) if lines else place(k, u))
 
     def part(k: Value) -> None:
         left = builder.sub(count, k)
@@ -278,6 +283,11 @@ def _transposed(e: Emitter, to: Value, source: Value, places: Value, ld: Value, 
             with builder.if_then(builder.icmp_signed("<", I64(u), left)):
                 e.store(column, place(k, u))
 
+    if squares > 1:  # the last square reaches back into the one before
+        k = e.loop(0, count, n, square)
+        with builder.if_then(builder.icmp_signed("<", k, count)):
+            square(builder.sub(count, I64(n)))
+        return
     # Masks and branches make a square three times as slow: only edges have them.
     whole = builder.select(builder.icmp_signed(">=", present, I64(n)), count, I64(0))
     k = e.loop(0, whole, n, square)
@@ -300,12 +310,21 @@ def packing_of(lanes: Lanes, vectors: int) -> Any:
     output there are ``so`` bytes, and the first ``present`` outputs of the panel exist.
     """
     size, count, width = lanes.size, lanes.count, vectors * lanes.count
-    transposed = routine(f"pixels_panel_{lanes}", lanes, "eetiiii", _transposed)
+    transposed = routine(f"pixels_panel_{lanes}", lanes, "eetiiii", functools.partial(_transposed, squares=1))
+    # Two registers of AVX2 fill a cache line: it is written at once, since the taps' lines share few places of a cache.
+    together = vectors > 1 and lanes.bits < 512
+    squares = vectors if together else 1
+    all_transposed = routine(
+        f"pixels_panels{squares}_{lanes}", lanes, "eetiiii", functools.partial(_transposed, squares=squares)
+    )
 
     @compiled
     def pack(to, source, places, so, present, first, products):
         for k in range(first, first + products, _AT_ONCE):
             length = min(_AT_ONCE, first + products - k)
+            if together and present >= width and length >= count:
+                all_transposed((to, source + size * k, places + 8 * k, so // size, length, present, width))
+                continue
             for part in range(vectors):
                 outputs = min(max(present - part * count, 0), count)
                 at = source + size * k

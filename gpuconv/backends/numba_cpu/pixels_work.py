@@ -8,6 +8,7 @@ from typing import Any
 from gpuconv.backends.numba_cpu import runtime
 from gpuconv.backends.numba_cpu.copies import compiled, rows
 from gpuconv.backends.numba_cpu.pixels_kernel import PIXELS, packing_of, put, tile, zeros
+from gpuconv.backends.numba_cpu.runtime import take
 from gpuconv.backends.numba_cpu.turns import BUFFER, turns
 from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes, get
 
@@ -67,32 +68,45 @@ def _copier(lanes: Lanes, stored: str) -> Any:
 
 
 def _multiplier(lanes: Lanes, vectors: int) -> Any:
-    """A function that multiplies listed pixels with panels [o0, o1) of the ``weights`` of a group; up to ``end`` others
-    follow.
+    """A function that multiplies listed pixels with panels [o0, o1) of the ``weights`` of a group. Panel o1 will be the
+    one at ``ahead``, of the same form or still to be packed; 0 if there is none.
     """
     size, width, most = lanes.size, vectors * lanes.count, PIXELS[lanes.bits][vectors]
-    half, line, ahead = most // 2, 64 // lanes.size, lanes.bits < 512
+    half, line, fetching = most // 2, 64 // lanes.size, lanes.bits < 512
     # A few pixels less than a tile are made of smaller tiles.
     tile0, tile1, tile2, tile3 = (tile(lanes, count, vectors) for count in (most, half, 2, 1))
+    # Sums fewer than these wait for each other: what does not divide is better spread over tiles of one pixel less.
+    fewer = most - 1 if lanes.bits == 256 and vectors > 1 else most
+    tile4 = tile(lanes, fewer, vectors) if fewer < most else tile0
+
+    @compiled
+    def sized(left):
+        """The pixels of the next tile."""
+        missing = -left % most
+        if fewer < most and missing > 0 and left >= missing * fewer:
+            return fewer
+        return most if left >= most else half if left >= half else min(left, 2)
+
     zero = zeros(lanes, vectors)
 
     @compiled
-    def multiply(arguments, g, weights, o0, o1, end, count, x, y, px, py, counts, lists):
+    def multiply(arguments, g, weights, o0, o1, ahead, count, x, y, px, py, counts, lists):
         O_, stages, inside = get(arguments, O), get(arguments, STAGES), get(arguments, INSIDE)
         stage_table, run_table, by_taps = get(arguments, STAGE_TABLE), get(arguments, RUN_TABLE), lists != 0
+        raw = get(arguments, RAW)
         products = get(arguments, C) * get(arguments, KH) * get(arguments, KW)
         padded = (O_ + width - 1) // width * width
         finish = get(arguments, FINISH)
         left = count if inside else 0
         i, j, panel = px, py, size * width * products
         while left > 0:  # one stage, and all panels of it for each tile of pixels
-            made = most if left >= most else half if left >= half else min(left, 2)
+            made = sized(left)
             R, final = get(stage_table, 1), get(arguments, FINISHED)
             a, place, last = weights + o0 * panel, y + size * o0 * width, O_ - o0 * width
             bias = finish + size * (2 + final * (width + g * padded + o0 * width))
             floor = finish + size * final
             following, rate, share = a, 0, panel
-            if ahead and get(arguments, COPY_Y) == 0 and get(arguments, SYW) == size * O_:
+            if fetching and get(arguments, COPY_Y) == 0 and get(arguments, SYW) == size * O_:
                 # What the next tile writes, fetched evenly over the panels and their products: memory that is only
                 # written is waited for like any other.
                 share = made * size * O_ // (o1 - o0)
@@ -103,6 +117,8 @@ def _multiplier(lanes: Lanes, vectors: int) -> Any:
                     tile0((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, following, rate))
                 elif made == half:
                     tile1((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, following, rate))
+                elif made == fewer:
+                    tile4((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, following, rate))
                 elif made == 2:
                     tile2((a, x, run_table, i, j, place, R, 0, final, last, bias, floor, following, rate))
                 else:
@@ -128,13 +144,21 @@ def _multiplier(lanes: Lanes, vectors: int) -> Any:
                 if by_taps:
                     left = get(counts, s)
                     i, j = lists + 16 * count * s, lists + 8 * count * (2 * s + 1)
-                rate, following = 0, a
-                if s + 1 < stages or o + 1 < end:
-                    # What comes next, fetched evenly over the tiles of this stage.
-                    if s + 1 < stages:
-                        following = weights + o * panel + size * width * get(stage, 10)
-                    else:
-                        following = weights + (o + 1) * panel + size * width * get(stage_table, 3)
+                # What comes next, fetched evenly over the tiles of this stage.
+                following = 0
+                if raw:  # its own panel is in the cache, and of the next one each stage fetches a part
+                    if ahead != 0:
+                        following = ahead + size * width * get(stage, 3)
+                elif s + 1 < stages:
+                    following = weights + o * panel + size * width * get(stage, 10)
+                elif o + 1 < o1:
+                    following = weights + (o + 1) * panel + size * width * get(stage_table, 3)
+                elif ahead != 0:
+                    following = ahead + size * width * get(stage_table, 3)
+                rate = 0
+                if following == 0:
+                    following = a
+                else:
                     tiles = (left + most - 1) // most
                     rate = min((width + tiles - 1) // max(tiles, 1), line)
                 fetched = size * rate * here
@@ -143,18 +167,17 @@ def _multiplier(lanes: Lanes, vectors: int) -> Any:
                 bias = finish + size * (2 + final * (width + g * padded + o * width))
                 floor = finish + size * final
                 while left > 0:
-                    if left >= most:
+                    made = sized(left)
+                    if made == most:
                         tile0((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
-                        made = most
-                    elif left >= half:
+                    elif made == half:
                         tile1((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
-                        made = half
-                    elif left >= 2:
+                    elif made == fewer:
+                        tile4((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
+                    elif made == 2:
                         tile2((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
-                        made = 2
                     else:
                         tile3((a, x, run, i, j, place, R, more, final, last, bias, floor, following, rate))
-                        made = 1
                     left -= made
                     i += 8 * made
                     j += 8 * made
@@ -327,27 +350,39 @@ def kernel(lanes: Lanes, vectors: int, x_dtype: str, y_dtype: str) -> Callable[.
         else:
             units = (get(arguments, N) + get(arguments, IMAGES) - 1) // get(arguments, IMAGES)
         tasks = G_ * shares * units
-        for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
-            g, share, unit = task // (shares * units), task // units % shares, task % units
+        # Sums that are copied to y: of a panel at a time, where panels are the outer loop. So are panels packed.
+        copy_y, raw, at_once = get(arguments, COPY_Y), get(arguments, RAW), (panels + shares - 1) // shares
+        if raw or (copy_y and get(arguments, INSIDE) == 0):
+            at_once = 1
+        pitch = at_once * width
+        held, count, x = -1, 0, 0  # the unit whose pixels are listed
+        while True:
+            task = take(arguments)
+            if task >= tasks:
+                break
+            g, unit, share = task // (shares * units), task // shares % units, task % shares
             o0, o1 = share * panels // shares, (share + 1) * panels // shares
-            # Sums that are copied to y: of a panel at a time, where panels are the outer loop. So are panels packed.
-            copy_y, raw, at_once = get(arguments, COPY_Y), get(arguments, RAW), o1 - o0
-            if raw or (copy_y and get(arguments, INSIDE) == 0):
-                at_once = 1
-            pitch = at_once * width
-            count, x = listed(arguments, unit, g, px, py, targets, counts, lists, copied, pitch, buffer)
+            if held != task // shares:
+                held = task // shares
+                count, x = listed(arguments, unit, g, px, py, targets, counts, lists, copied, pitch, buffer)
             y = get(arguments, Y) + g * get(arguments, SYG)
             weights = get(arguments, WEIGHTS) + size * g * panels * width * products
+            packed, step = weights, size * width * products
+            if raw:
+                weights, step = get(arguments, WEIGHTS) + g * get(arguments, SKG), width * get(arguments, SKO)
             for o in range(o0, o1, at_once):
-                end = o1
+                end = min(o + at_once, o1)
+                # What this thread is likely to have next: where shares are panels, other threads take one each.
+                after = o + threads if end == o1 and shares == panels else end
+                ahead = weights + after * step if after < (panels if shares == panels else o1) else 0
                 if raw:
-                    source = get(arguments, WEIGHTS) + g * get(arguments, SKG) + o * width * get(arguments, SKO)
+                    source = weights + o * step
                     pack(own, source, get(arguments, PLACES), get(arguments, SKO), O_ - o * width, 0, products)
-                    weights, end = own - size * o * width * products, o + 1
+                    packed = own - size * o * width * products
                 place = sums - size * o * width if copy_y else y
-                multiply(arguments, g, weights, o, o + at_once, end, count, x, place, px, py, counts, lists)
+                multiply(arguments, g, packed, o, end, ahead, count, x, place, px, py, counts, lists)
                 if copy_y:
-                    present = min(O_ - o * width, pitch)
+                    present = min(O_, end * width) - o * width
                     target = y + o * width * get(arguments, SYO)
                     written(arguments, target, targets, sums, pitch, present, count, buffer)
 
