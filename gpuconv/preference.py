@@ -159,8 +159,8 @@ def _turned_in_short(channels: int, outputs: int, taps: int, pixels: int) -> boo
     #        256 to 256 at 56² 1.0 to 1.15    512 to 512 at 28² 1.0 to 1.15    32 to 64 at 56² 1.3, at 12×120 0.86
     #        64 to 16 at 28² 1.35    16 to 16 at 56² 0.9 to 1.25    8 to 16 at 56² 0.97    3 to 64 at 224² 0.6
     #   3×3, stride 2: 128 to 128 at 28² 1.25    7×7, stride 2: 3 to 64 at 112² 0.88    5×10: 32 to 32 1.05
-    #   1×1: 256 to 1024 at 14² 1.04, 1024 to 256 1.15    512 to 2048 at 7² 1.7    512 to 128 at 28² 1.1, to 256 0.9 to
-    #        1.0, 128 to 512 0.92    256 to 64 at 56² 1.05, 64 to 64 1.08, 64 to 256 0.88    128 to 64 at 14² 0.9
+    #   1×1: 256 to 1024 at 14² 1.06, 1024 to 256 1.03, to 512 1.1    512 to 2048 at 7² 1.7    512 to 128 at 28² 0.93,
+    #        to 256 0.9    256 to 64 at 56² 0.92, 64 to 64 0.87, 64 to 256 0.85    128 to 64 at 14² 0.9
     # A third of a panel empty, 32 to 24 channels at 56²: 0.55.
     panels = -(-outputs // 16)
     if outputs < 16 or 8 * outputs < 7 * 16 * panels:
@@ -168,7 +168,7 @@ def _turned_in_short(channels: int, outputs: int, taps: int, pixels: int) -> boo
     if taps > 1:
         return channels >= 16 and channels * outputs * taps >= 4096
     # Sums are turned back at a higher price than pixels are turned over.
-    return pixels <= 784 and channels * outputs >= 1 << 15 and (outputs <= channels or pixels <= 200)
+    return pixels <= 400 and channels * outputs >= 1 << 15 and (outputs <= channels or pixels <= 200)
 
 
 def _separable(problem: Conv2dProblem) -> bool:

@@ -59,7 +59,8 @@ def test_blocks_of_any_size_are_turned_over_and_back(bits):
         ("n1c32h56w56_o24kh3kw3_p1", "strip", "strip"),  # half a panel empty
         ("n1c3h56w56_o64kh3kw3_p1", "strip", "strip"),  # few channels
         ("n1c128h28w28_o512kh1kw1", "pixels", "pointwise"),  # more sums than pixels to turn
-        ("n1c512h28w28_o128kh1kw1", "pixels", "pixels"),
+        ("n1c512h28w28_o128kh1kw1", "pixels", "pointwise"),
+        ("n1c512h14w14_o128kh1kw1", "pixels", "pixels"),
         ("n1c256h56w56_o64kh1kw1", "pointwise", "pointwise"),
         ("n1c512h7w7_o512kh3kw3_p1", "pixels", "pixels"),
     ],

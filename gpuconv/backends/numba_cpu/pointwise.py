@@ -9,6 +9,7 @@ channels then read from the cache; meanwhile the micro-kernel fetches the next p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from gpuconv.backends.numba_cpu import dense, runtime, strip, weights
 from gpuconv.backends.numba_cpu.copies import compiled, rows
 from gpuconv.backends.numba_cpu.microkernel import TILES, tile
 from gpuconv.backends.numba_cpu.runtime import take
-from gpuconv.backends.numba_cpu.vectors import Lanes, get
+from gpuconv.backends.numba_cpu.vectors import Emitter, Lanes, Value, get, routine
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import NO_PADS, Conv2dProblem
 
@@ -34,10 +35,13 @@ X, WEIGHTS, Y, SCRATCH, FINISH, OFFSETS = range(runtime.ARRAYS)
 (
     SXN, SXG, SXC, SXH, SXW, SYN, SYG, SYO,  # steps in bytes
     N, G, C, O, OW, PIXELS, KC, OUTPUTS, AT_ONCE, FLAT, SH, SW, PER_THREAD,
-) = range(runtime.ARRAYS, runtime.ARRAYS + 21)  # fmt: skip
+    RAW, SKG, SKO, SKC,  # whether the weights are still to be packed, and their steps in bytes
+) = range(runtime.ARRAYS, runtime.ARRAYS + 25)  # fmt: skip
 
 # Bytes of a block of weights, which stays in a core's second-level cache of 1 MB or more.
 _WEIGHTS = 1 << 20
+# Weights that every thread packs for itself, at most: to pack them together takes a start of all threads more.
+_OWN = 1 << 16
 
 
 def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
@@ -79,14 +83,16 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     if problem.result_size * problem.products < strip.ALONE:
         threads = 1
     panel = kc * width + (MR + 2) * width
-    packed = weights.size(groups, outputs, channels, MR) * lanes.size
-    workspace = threads * (panel * lanes.size + 64) + 2 * packed + 16 * kc + groups * padded * lanes.size + 4096
+    count = weights.size(groups, outputs, channels, MR)
+    own = count if lanes.bits < 512 and count <= _OWN else 0  # not measured with AVX-512
+    packed = count * lanes.size
+    workspace = threads * ((panel + own) * lanes.size + 64) + 2 * packed + 16 * kc + groups * padded * lanes.size + 4096
     workspace = max(workspace, strip.plan(problem, target, limit).workspace)  # which serves results with gaps
     if workspace > limit:
         raise schedule.shortage(f"{NAME} on {problem}", workspace, limit)
     detail = f"panels of {width} pixels, {ob} output and {kc} input channels at a time, {lanes}"
     config = {"lanes": lanes, "kc": kc, "padded": padded, "threads": threads, "ob": ob, "at_once": at_once,
-              "per_thread": panel + 64 // lanes.size, "target": target, "limit": limit}  # fmt: skip
+              "per_thread": panel + 64 // lanes.size, "own": own, "target": target, "limit": limit}  # fmt: skip
     return Plan(problem, workspace, lanes.dtype, detail, config)
 
 
@@ -124,8 +130,11 @@ class Bound:
             self.elsewhere = strip.Bound(strip.plan(problem, config["target"], config["limit"]), x, k, out)
             return
         self.plan, self.rows = plan, TILES[lanes.bits][0]
-        self.packing = None if k is None else strip.packing(plan, k)
-        self.scratch = config["threads"] * config["per_thread"]
+        raw, per_thread = (False, 0, 0, 0), config["per_thread"]
+        if k is not None and config["own"] and k.dtype == lanes.dtype and k.dtype.isnative:
+            raw, per_thread = (True, *k.strides[:3]), per_thread + config["own"]
+        self.packing = None if k is None or raw[0] else strip.packing(plan, k)
+        self.scratch = config["threads"] * per_thread
         width = TILES[lanes.bits][1] * lanes.count
         places = np.arange(config["kc"])
         self.offsets = np.concatenate([places * width, places * (x.strides[2] // lanes.size)]).astype(np.int64)
@@ -133,7 +142,7 @@ class Bound:
         entries = [
             *x.strides, *steps[:3], problem.N, problem.groups, problem.C // problem.groups,
             problem.O // problem.groups, problem.OW, problem.OH * problem.OW, config["kc"], config["ob"],
-            config["at_once"], flat, *problem.stride, config["per_thread"],
+            config["at_once"], flat, *problem.stride, per_thread, *raw,
         ]  # fmt: skip
         kernel = runtime.kernel(kernel_name(plan), lambda: _kernel(lanes, problem.x_dtype))
         self.task = runtime.Task(kernel, entries, config["threads"], plan)
@@ -144,21 +153,61 @@ class Bound:
         if self.elsewhere is not None:
             self.elsewhere(x, k, packed, bias, out)
             return
-        if packed is None and self.packing is not None:
-            packed = self.packing(k)
+        if packed is None:
+            packed = k if self.packing is None else self.packing(k)
         finish = self.finish
         if bias is not None:
             finish = dense.finishing(self.plan.problem, bias, self.plan.config["padded"], self.rows, self.lanes)
         self.task(x, packed, out, np.empty(self.scratch, self.lanes.dtype), finish, self.offsets)
 
 
+@functools.lru_cache(maxsize=64)
+def _copied(lanes: Lanes, vectors: int) -> Any:
+    """A function of (to, source, ld, count): to[k·width + i] = source[k·ld + i] for k < count and i < width, which is
+    that of ``vectors``.
+    """
+
+    def emit(e: Emitter, to: Value, source: Value, ld: Value, count: Value) -> None:
+        width = vectors * lanes.count
+
+        def row(k: Value) -> None:
+            place, at = e.at(to, e.times(k, width)), e.at(source, e.times(ld, k))
+            for j in range(0, width, lanes.count):
+                e.store(e.load(e.at(at, j)), e.at(place, j))
+
+        e.loop(0, count, 1, row)
+
+    return routine(f"copied_{lanes}_{vectors}", lanes, "eeii", emit)
+
+
+@functools.lru_cache(maxsize=64)
+def _fetched(lanes: Lanes, vectors: int) -> Any:
+    """A function of (source, ld, count) that fetches what ``_copied`` would read into the second-level cache."""
+
+    def emit(e: Emitter, source: Value, ld: Value, count: Value) -> None:
+        line, width = 64 // lanes.size, vectors * lanes.count
+
+        def row(k: Value) -> None:
+            at = e.at(source, e.times(ld, k))
+            for j in (*range(0, width, line), width - 1):
+                e.prefetch(e.at(at, j), 2)
+
+        e.loop(0, count, 1, row)
+
+    return routine(f"fetched_{lanes}_{vectors}", lanes, "eii", emit)
+
+
 def _kernel(lanes: Lanes, x_dtype: str) -> Callable[..., None]:
     size = lanes.size
     MR, NV = TILES[lanes.bits]
     width, lane_count = NV * lanes.count, lanes.count
-    tiles = [tile(lanes, MR, count + 1, 2) for count in range(NV)]
+    # With a first-level cache of 48 KB the micro-kernel itself fetches the next panel there; a smaller one is filled by
+    # this panel and the weights.
+    apart = lanes.bits < 512
+    tiles = [tile(lanes, MR, count + 1, 0 if apart else 2) for count in range(NV)]
     full, one, two = tiles[-1], tiles[0], tiles[min(1, NV - 1)]
-    again = full if lanes.bits == 512 else tile(lanes, MR, NV)
+    as_it_is = apart and x_dtype == lanes.dtype
+    copied, fetched = _copied(lanes, NV), _fetched(lanes, NV)
     read, write, _ = rows(lanes, lanes.dtype)
     gather, _, _ = rows(lanes, x_dtype)
 
@@ -167,6 +216,9 @@ def _kernel(lanes: Lanes, x_dtype: str) -> Callable[..., None]:
         """The pixels ``first`` to ``first`` + ``count`` of some channels, a row for each."""
         step, line = get(arguments, SXC), get(arguments, SXW) * get(arguments, SW)
         if get(arguments, FLAT):
+            if as_it_is and line == size and count == width and step % size == 0:
+                copied((to, source + first * line, step // size, channels))
+                return
             for c in range(channels):
                 gather(to + size * width * c, source + c * step + first * line, count, line)
             return
@@ -180,6 +232,21 @@ def _kernel(lanes: Lanes, x_dtype: str) -> Callable[..., None]:
                 gather(to + size * (width * c + done), at + c * step, run, line)
             done += run
 
+    pack_block = weights.block(lanes, MR)
+
+    @compiled
+    def pack_all(arguments, to):
+        """All weights, in the order of ``weights``."""
+        C_, O_, kc = get(arguments, C), get(arguments, O), get(arguments, KC)
+        sko, skc = get(arguments, SKO), get(arguments, SKC)
+        for g in range(get(arguments, G)):
+            source = get(arguments, WEIGHTS) + g * get(arguments, SKG)
+            for c in range(0, C_, kc):
+                for o in range(0, O_, MR):
+                    channels = min(kc, C_ - c)
+                    pack_block(to, source + o * sko + c * skc, min(MR, O_ - o), channels, 1, 1, sko, skc, 0, 0)
+                    to += size * MR * channels
+
     def pointwise(arguments, thread, threads):
         G_, C_, O_, pixels = get(arguments, G), get(arguments, C), get(arguments, O), get(arguments, PIXELS)
         kc, ob, at_once = get(arguments, KC), get(arguments, OUTPUTS), get(arguments, AT_ONCE)
@@ -190,13 +257,19 @@ def _kernel(lanes: Lanes, x_dtype: str) -> Callable[..., None]:
         offsets, finish = get(arguments, OFFSETS), get(arguments, FINISH)
         parts, outputs = (pixels + at_once - 1) // at_once, (O_ + ob - 1) // ob
         pixel = get(arguments, SXW) * get(arguments, SW)
+        x_step = get(arguments, SXC)
         to = (get(arguments, SCRATCH) + size * thread * get(arguments, PER_THREAD) + 63) // 64 * 64
         beside = to + size * kc * width
+        own, raw = beside + size * (MR + 2) * width, get(arguments, RAW)
+        weights_at = own if raw else get(arguments, WEIGHTS)
         tasks = images * parts * outputs
         while True:
             task = take(arguments)
             if task >= tasks:
                 break
+            if raw:
+                pack_all(arguments, own)
+                raw = 0
             o0, rest = task // (images * parts) * ob, task % (images * parts)
             image, first = rest // parts, rest % parts * at_once
             n, g = image // G_, image % G_
@@ -204,7 +277,7 @@ def _kernel(lanes: Lanes, x_dtype: str) -> Callable[..., None]:
             whole, panels = (o1 - o0) // MR, (o1 - o0 + MR - 1) // MR
             plane = get(arguments, X) + n * get(arguments, SXN) + g * get(arguments, SXG)
             target = get(arguments, Y) + n * get(arguments, SYN) + g * get(arguments, SYG) + o0 * step
-            weight = get(arguments, WEIGHTS) + size * g * padded * C_
+            weight = weights_at + size * g * padded * C_
             c0 = 0
             while c0 < C_:
                 channels = min(kc, C_ - c0)
@@ -218,16 +291,20 @@ def _kernel(lanes: Lanes, x_dtype: str) -> Callable[..., None]:
                     count = min(width, end - j)
                     last = (count - 1) % lane_count + 1
                     panel(arguments, to, source, channels, j, count)
+                    flat_ahead = apart and get(arguments, FLAT) and j + width < end and x_step % size == 0
                     for o in range(whole):
                         A, c = a + size * o * channels * MR, target + o * MR * step + size * j
                         # Where the plane is flat, the cache lines of the next panel.
                         ahead = source + (j + width + lane_count * (o % NV)) * pixel
                         b = bias + o * bias_step
+                        if flat_ahead:
+                            row = channels * o // whole
+                            fetched((
+                                source + (j + width) * pixel + row * x_step, x_step // size,
+                                channels * (o + 1) // whole - row,
+                            ))  # fmt: skip
                         if count > width - lane_count:
-                            if o < NV:
-                                full((A, to, offsets, c, channels, ldc, more, last, ahead, b, floor))
-                            else:
-                                again((A, to, offsets, c, channels, ldc, more, last, ahead, b, floor))
+                            full((A, to, offsets, c, channels, ldc, more, last, ahead, b, floor))
                         elif count > lane_count:
                             two((A, to, offsets, c, channels, ldc, more, last, ahead, b, floor))
                         else:
