@@ -28,6 +28,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from gpuconv import arrays
 from gpuconv.backends.numba_cpu.kernel_cache import KernelCache, alone
 from gpuconv.backends.numba_cpu.vectors import I64
 
@@ -92,11 +93,19 @@ def unavailable() -> str | None:
     return None if vector_bits() else "this processor has no fused multiply-add, which the kernels are made of"
 
 
+@functools.lru_cache(maxsize=64)
+def _numba_threads() -> Callable[[], int]:
+    """``numba.get_num_threads``, without the two locks that it takes: some 15 µs where they have left the caches."""
+    numba.get_num_threads()  # starts the threading layer, whose function it asks
+    address = llvm.address_of_symbol("get_num_threads")
+    return ctypes.PYFUNCTYPE(ctypes.c_int)(address) if address else numba.get_num_threads
+
+
 def thread_count() -> int:
     """Threads that a call may use: ``numba.get_num_threads()``, at most ``GPUCONV_NUM_THREADS``."""
     if _threads["lost"]:
         return 1
-    count = int(numba.get_num_threads())
+    count = int(_numba_threads()())
     limit = os.environ.get("GPUCONV_NUM_THREADS")
     if limit:
         if not limit.isdecimal() or int(limit) < 1:
@@ -292,7 +301,4 @@ def is_ready(name: str) -> bool:
 
 def aligned(count: int, dtype: Any) -> np.ndarray[Any, Any]:
     """Uninitialised memory for ``count`` elements, from the start of a cache line on."""
-    size = np.dtype(dtype).itemsize
-    raw = np.empty(count * size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + count * size].view(dtype)
+    return arrays.lined((count,), np.dtype(dtype))
