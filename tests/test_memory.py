@@ -169,6 +169,8 @@ def test_scratch_does_not_grow_with_the_number_of_chunks():
         conv2d(x, k, workspace_limit=1)
     limit = int(re.search(least, str(refusal.value))[1])
     report = explain(x, k, workspace_limit=limit)
+    conv2d(x, k, out=out, workspace_limit=limit)  # compiles or loads what needs least, if that has to be
+    out[...] = 0
     with traced() as peak:
         conv2d(x, k, out=out, workspace_limit=limit)
         taken = peak()
