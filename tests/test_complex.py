@@ -164,6 +164,33 @@ def test_little_scratch_gives_the_same_bits(mode, stride, monkeypatch):
         convolved(x, k, bias, limit=5000, **kwargs)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["n64c64h7w7_o24kh3kw3_p1", "n3c16h64w64_o16kh3kw3_p1", "n4c8h64w64_o8kh3kw3_g8", "n1c8h9w9_o6kh3kw3_p1g2"],
+)
+@pytest.mark.parametrize("dtypes", [("float32", "complex64"), ("complex64", "complex64")], ids="-".join)
+def test_more_scratch_never_hurts_and_changes_no_implementation(line, dtypes):
+    """Other ones would add up in another order."""
+    x_dtype, k_dtype = dtypes
+    problem = Conv2dProblem.parse(f"{line}_f32")
+    problem = replace(problem, x_dtype=x_dtype, k_dtype=k_dtype, y_dtype="complex64")
+    names, planned, least = set(), False, 0
+    for limit in [int(1e3 * 1.3**step) for step in range(48)]:
+        for threads in (1, 2):
+            target = protocol.Target("cpu", threads=threads)
+            try:
+                plan = complex_numbers.plan(problem, target, limit)
+            except MemoryError as error:
+                assert not (planned and threads == 2), f"{limit} bytes were enough before"
+                least = max(least, getattr(error, "needed", 0))
+                continue
+            planned = planned or threads == 2
+            assert plan.workspace <= limit
+            names.add(str([term.name for part in plan.config.get("terms", {}).values() for term in part]))
+    assert len(names) == 1
+    assert complex_numbers.plan(problem, protocol.Target("cpu", threads=2), least), "what a refusal asks for is enough"
+
+
 GRADIENTS = [("complex64", "complex64"), ("float32", "complex64"), ("complex64", "float32")]
 
 

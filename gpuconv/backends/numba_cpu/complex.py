@@ -18,7 +18,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +79,7 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     return general(_part_of(problem, "real"), target)
 
 
-def _terms(problem: Conv2dProblem, target: Target, limit: int) -> dict[str, list[Term]]:
+def _terms(problem: Conv2dProblem, target: Target) -> dict[str, list[Term]]:
     """The terms of each part of the result, those that are added first."""
     found: dict[str, list[Term]] = {part: [] for part in _PARTS}
     conjugated = (problem.conjugate and problem.op == "weight_grad", problem.conjugate and problem.op != "weight_grad")
@@ -90,7 +91,8 @@ def _terms(problem: Conv2dProblem, target: Target, limit: int) -> dict[str, list
                 if imaginary[which] and conjugated[which]:
                     sign = -sign
             part = _part_of(problem, first)
-            name = dispatch.choose(NAME, part, target, "numba_cpu", limit // 2).name
+            # By the problem alone: another implementation, for want of scratch, would split the sums otherwise.
+            name = dispatch.choose(NAME, part, target, "numba_cpu", sys.maxsize).name
             found["imag" if sum(imaginary) == 1 else "real"].append(Term(first, second, sign, part, name))
     for terms in found.values():
         terms.sort(key=lambda term: -term.sign)
@@ -124,23 +126,32 @@ def _as_channels(problem: Conv2dProblem) -> bool:
 def _plan_channels(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     # The weights of the real convolution, and a part with its sign changed.
     weights = 5 * math.prod(problem.k_shape) * dtypes.itemsize(_real(problem.k_dtype)) + 4096
-    if weights > limit:
-        raise schedule.shortage(f"{NAME} on {problem}", weights, limit)
     real = replace(_part_of(problem, "real"), C=2 * problem.C, O=2 * problem.O)
-    inner = strip.plan_of_parts(real, target, limit - weights)
+    inner = _within(problem, limit, weights, 1, lambda room: strip.plan_of_parts(real, target, room))
     detail = f"parts as channels, {inner.detail}"
     return Plan(problem, inner.workspace + weights, inner.sums_in, detail, {"inner": inner})
 
 
 def _plan_terms(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
-    terms = _terms(problem, target, limit)
+    terms, most = _terms(problem, target), min(limit // 2, _TERMS)
+    while True:  # smaller blocks leave more to the implementations of the terms
+        try:
+            return _plan_blocks(problem, target, limit, terms, most)
+        except schedule.Shortage:
+            if most == 0:
+                raise
+            most //= 2
+
+
+def _plan_blocks(problem: Conv2dProblem, target: Target, limit: int, terms: dict[str, list[Term]], most: int) -> Plan:
+    """The plan whose blocks take at most ``most`` bytes, or are the least there are."""
     every = [*terms["real"], *terms["imag"]]
     extents = block = (problem.N, problem.groups, problem.OH)
     size, row = 2 * dtypes.itemsize(_real(problem.y_dtype)), problem.O // problem.groups * problem.OW
     apart = len(every) > 2
     if apart and problem.op != "weight_grad":
         least = 1 if _by_rows(problem, every) else problem.OH
-        most = max(min(limit // 2, _TERMS), size * least * row)
+        most = max(most, size * least * row)
         n, g, rows = schedule.fit(
             (problem.N, problem.groups, problem.OH // least),
             lambda n, g, rows: size * n * g * rows * least * row, most, f"{NAME} on {problem}",
@@ -150,9 +161,11 @@ def _plan_terms(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     taken = 4096 + (size * elements if apart else 0)
     # Each implementation makes something of each part of k, which all may be kept.
     most_of: dict[tuple[str, str], int] = {}
+    kinds = len({(term.name, term.second) for term in every})
     for term in every:
         for place in _corners(extents, block):
-            inner = _inner(term, place, target, limit - taken)
+            planned = functools.partial(_inner, term, place, target)
+            inner = _within(problem, limit, taken, kinds, planned)
             key = term.name, term.second
             most_of[key] = max(most_of.get(key, 0), inner.workspace)
     workspace = taken + sum(most_of.values())
@@ -162,10 +175,23 @@ def _plan_terms(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     if block != extents:
         detail += f", {block[0]} image(s) × {block[1]} group(s) × {block[2]} row(s) at a time"
     config = {
-        "terms": terms, "extents": extents, "block": block, "target": target, "limit": limit - taken,
+        "terms": terms, "extents": extents, "block": block, "target": target,
+        "limit": _share(limit, taken, kinds),
         "scratch": 2 * elements if apart else 0,
     }  # fmt: skip
     return Plan(problem, workspace, _real(problem.sum_dtype), detail, config)
+
+
+def _share(limit: int, taken: int, kinds: int) -> int:
+    return max(limit - taken, 0) // kinds
+
+
+def _within(problem: Conv2dProblem, limit: int, taken: int, kinds: int, make: Callable[[int], Plan]) -> Plan:
+    """What ``make`` plans in one of ``kinds`` equal shares of what is left of ``limit``."""
+    try:
+        return make(_share(limit, taken, kinds))
+    except schedule.Shortage as error:
+        raise schedule.shortage(f"{NAME} on {problem}", taken + kinds * error.needed, limit) from None
 
 
 def _by_rows(problem: Conv2dProblem, terms: list[Term]) -> bool:
