@@ -359,15 +359,23 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _cpu() -> Target:
-    """The CPU, with the threads that a call may use."""
+@lru_cache(maxsize=1)
+def _runtime() -> Any | None:
+    """What runs compiled kernels, None without Numba. Asked once: where threads try an import that fails all the time,
+    one of them meets what another has half imported.
+    """
     try:
-        from gpuconv.backends.numba_cpu import runtime
+        return importlib.import_module("gpuconv.backends.numba_cpu.runtime")
     except ModuleNotFoundError as error:
         if error.name not in ("numba", "llvmlite"):
             raise
-        return Target("cpu")
-    return Target("cpu", None, runtime.thread_count())
+        return None
+
+
+def _cpu() -> Target:
+    """The CPU, with the threads that a call may use."""
+    runtime = _runtime()
+    return Target("cpu") if runtime is None else Target("cpu", None, runtime.thread_count())
 
 
 def _gpu(call: str, ordinal: int | None, home: int | None) -> Target:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import arrays, dtypes, geometry, notation, padding_value, quick, request
+from gpuconv import arrays, dtypes, geometry, layouts, notation, padding_value, quick, request
 from gpuconv.arrays import Operand
 from gpuconv.dispatch import Choice
 from gpuconv.geometry import Pads, Pair
@@ -233,6 +233,7 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
         padding_value.check_meaning(call, self._options["padding_value"], value, options["padding_mode"])
         kernel = self._kernel
         groups = geometry.as_integer(call, "groups", options["groups"], 1, 2**63)
+        request.check_choice(call, "layout", options["layout"], layouts.LAYOUTS)
         _, I, rows, columns = request.kernel_shape(call, kernel.shape, options["kernel_layout"])
         size = [
             geometry.window(k, d)

@@ -17,6 +17,10 @@ from gpuconv import dispatch
 # These serve every valid problem; the others may refuse one, with reasons.
 SERVE_EVERYTHING = ("numba_cuda.direct", "numpy.reference")
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+# Whether the long profile is asked for. Without it, what is only its own is not even listed: that alone took minutes.
+LONG = os.environ.get("GPUCONV_TEST_LONG") == "1"
+# What CUDA kernels are compiled for. 8.6 and 8.9 differ from 8.0 in how much fits a multiprocessor.
+ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0)) if LONG else ((8, 0), (9, 0))
 # More than two seconds each in the simulator, which gives every CUDA thread a thread of Python.
 SLOW_IN_SIMULATOR = (
     "long_sum", "channels_17_to_33", "channels_33_to_5", "channels_3_to_65", "one_more_than_a_tile", "grouped",

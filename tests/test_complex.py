@@ -191,6 +191,14 @@ def test_more_scratch_never_hurts_and_changes_no_implementation(line, dtypes):
     assert complex_numbers.plan(problem, protocol.Target("cpu", threads=2), least), "what a refusal asks for is enough"
 
 
+def test_a_sign_changed_where_results_lie_apart():
+    """NumPy's negative in place read its operand as if it were contiguous, 16 bytes from element to element."""
+    weight, dy = np.full((1, 1, 1, 1), 1 + 2j, np.complex64), np.ones((1, 1, 4, 20), np.float32)
+    dx = gpuconv.grad.conv2d_input((1, 1, 4, 40), weight, dy, stride=(1, 2), backend=NAME)
+    assert np.all(dx[..., ::2] == 1 - 2j)
+    assert np.all(dx[..., 1::2] == 0)
+
+
 GRADIENTS = [("complex64", "complex64"), ("float32", "complex64"), ("complex64", "float32")]
 
 

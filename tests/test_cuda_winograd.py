@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from running import SIMULATED
+from running import ARCHITECTURES, SIMULATED
 
 if SIMULATED:
     pytest.skip("this process is the simulator", allow_module_level=True)
@@ -273,7 +273,7 @@ TRANSFORMS = [*kernels.TRANSFORMS, ("image", "tabled", False), ("image", "tabled
 def test_machine_code_of_the_matrix_products(tile):
     configuration = kernels.winograd("multiply", tile)
     library = machine_code.lowered(configuration.body, configuration.arguments)
-    for cc in kernels.ARCHITECTURES:
+    for cc in ARCHITECTURES:
         figures = machine_code.assembled(library, cc, configuration.registers)
         assert figures.clean, (cc, figures)
         assert figures.registers <= tile.registers
@@ -301,7 +301,7 @@ def test_machine_code_of_the_matrix_products(tile):
 def test_machine_code_of_the_transforms(facts):
     configuration = kernels.winograd(*facts)
     library = machine_code.lowered(configuration.body, configuration.arguments)
-    for cc in kernels.ARCHITECTURES:
+    for cc in ARCHITECTURES:
         figures = machine_code.assembled(library, cc)
         assert figures.clean, (cc, figures)
         assert figures.registers <= 96

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import SIMULATED
+from running import ARCHITECTURES, SIMULATED
 
 if SIMULATED:
     pytest.skip("this process is the simulator", allow_module_level=True)
@@ -69,7 +69,7 @@ def test_it_runs_only_when_its_name_is_given(monkeypatch):
 def test_machine_code(dtype, line, load):
     configuration = kernels.depthwise(line + dtypes.CODES[dtype], load)
     library = machine_code.lowered(configuration.body, configuration.arguments)
-    for cc in kernels.ARCHITECTURES:
+    for cc in ARCHITECTURES:
         found = machine_code.assembled(library, cc, configuration.registers)
         assert found.stack == 0 and found.spills == 0, (cc, found)
         assert found.registers <= 128, (cc, found)
@@ -105,7 +105,7 @@ def test_four_outputs_of_each_channel_as_machine_code(dtype, load):
     configuration = kernels.depthwise("n64c64h56w56_o256kh3kw3_p1g64_" + dtypes.CODES[dtype], load)
     assert configuration.threads <= 256
     library = machine_code.lowered(configuration.body, configuration.arguments)
-    for cc in ((7, 5), *kernels.ARCHITECTURES):
+    for cc in ((7, 5), *ARCHITECTURES):
         found = machine_code.assembled(library, cc, configuration.registers)
         assert found.clean, (cc, found)
         assert found.registers <= (160 if dtype == "float64" else 128), (cc, found)

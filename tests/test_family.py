@@ -19,7 +19,16 @@ import pytest
 import units
 from cases import DTYPES, Case
 from family import CALLS, FAMILY, FamilyCase
-from running import SERVE_EVERYTHING, SIMULATED, home, simulated, skip_costly, skip_in_simulator, skip_unless_usable
+from running import (
+    LONG,
+    SERVE_EVERYTHING,
+    SIMULATED,
+    home,
+    simulated,
+    skip_costly,
+    skip_in_simulator,
+    skip_unless_usable,
+)  # fmt: skip
 
 import gpuconv
 from gpuconv import dispatch
@@ -83,8 +92,10 @@ def agreements() -> list[Any]:
     for case, dtype in itertools.product(FAMILY, DTYPES):
         if case.accepts(dtype):
             for name in serving(case.call):
-                marks = () if is_quick(name, case, dtype) else pytest.mark.full
-                params.append(pytest.param(name, case, dtype, id=f"{name}-{case}-{dtype}", marks=marks))
+                quick = is_quick(name, case, dtype)
+                if quick or LONG:
+                    marks = () if quick else pytest.mark.full
+                    params.append(pytest.param(name, case, dtype, id=f"{name}-{case}-{dtype}", marks=marks))
     return params
 
 

@@ -19,6 +19,7 @@ import units
 from cases import BY_NAME, CASES, DTYPES, Case
 from running import (
     FORWARD,
+    LONG,
     SIMULATOR_MARKS,
     SLOW_IN_SIMULATOR,
     device_of,
@@ -44,8 +45,9 @@ def is_quick(name: str, case: Case, dtype: str) -> bool:
 def agreements() -> list[Any]:
     params = []
     for name, case, dtype in itertools.product(FORWARD, CASES, DTYPES):
-        if case.accepts(dtype):
-            marks = () if is_quick(name, case, dtype) else pytest.mark.full
+        quick = is_quick(name, case, dtype)
+        if case.accepts(dtype) and (quick or LONG):
+            marks = () if quick else pytest.mark.full
             params.append(pytest.param(name, case, dtype, id=f"{name}-{case.name}-{dtype}", marks=marks))
     return params
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from running import SIMULATED
+from running import ARCHITECTURES, SIMULATED
 
 if SIMULATED:
     pytest.skip("this process is the simulator", allow_module_level=True)
@@ -177,7 +177,7 @@ def test_machine_code(dtype, tile, gather, scatter):
     lanes = 16 // np.dtype(dtype).itemsize
     configuration = kernels.implicit_gemm(dtype, tile, gather, scatter)
     library = machine_code.lowered(configuration.body, configuration.arguments)
-    for cc in kernels.ARCHITECTURES:
+    for cc in ARCHITECTURES:
         figures = machine_code.assembled(library, cc, configuration.registers)
         assert figures.clean, (cc, figures)
         assert figures.registers <= tile.registers
@@ -239,7 +239,7 @@ def test_the_helpers_become_machine_code():
     bodies.append((partials.build("float32", "float32"), (vector, i64, i64, vector, flag, flag, *view, *[i64] * 6)))
     for body, arguments in bodies:
         library = machine_code.lowered(body, arguments)
-        for cc in kernels.ARCHITECTURES:
+        for cc in ARCHITECTURES:
             figures = machine_code.assembled(library, cc)
             assert figures.clean
             assert figures.registers <= 128

@@ -14,7 +14,7 @@ import pytest
 import simulated_warp
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from running import SIMULATED
+from running import ARCHITECTURES, SIMULATED
 
 if SIMULATED:
     pytest.skip("this process is the simulator", allow_module_level=True)
@@ -282,7 +282,7 @@ MADE = [
 def test_machine_code(tile, way, dtype, y_dtype):
     configuration = kernels.implicit_gemm_mma(tile, way, dtype, y_dtype)
     library = machine_code.lowered(configuration.body, configuration.arguments)
-    for cc in kernels.ARCHITECTURES:
+    for cc in ARCHITECTURES:
         figures = machine_code.assembled(library, cc, configuration.registers)
         assert figures.clean, (cc, figures)
         assert figures.registers <= tile.registers
@@ -312,7 +312,7 @@ def test_the_copy_becomes_machine_code(dtype, together):
 
     vector, i64 = types.Array(getattr(types, dtype), 1, "C"), types.int64
     library = machine_code.lowered(channels_last.build(dtype, together), (vector, *[i64] * 6, vector, *[i64] * 10))
-    for cc in kernels.ARCHITECTURES:
+    for cc in ARCHITECTURES:
         figures = machine_code.assembled(library, cc)
         assert figures.clean
         assert figures.registers <= 128

@@ -286,6 +286,7 @@ REFUSED = [
     (ValueError, "groups", {"groups": 3}),
     (ValueError, "groups", {"groups": 0}),
     (ValueError, "layout", {"layout": "CHWN"}),
+    (ValueError, "layout", {"layout": np.array([1, 2])}),
     (ValueError, "kernel_layout", {"kernel_layout": "IOHW"}),
     (TypeError, "flip", {"flip": 1}),
     (ValueError, "activation", {"activation": "gelu"}),

@@ -32,7 +32,9 @@ PROPERTIES = ("test_properties.py", "test_properties_family.py")
     [
         pytest.param(["test_implementations.py"], "numba_cuda and test_agrees", 110, id="agreement"),
         pytest.param(["test_implementations.py"], "numba_cuda and not test_agrees", 40, id="more"),
-        pytest.param(["test_family.py"], "numba_cuda and test_agrees", 100, id="family_agreement"),
+        pytest.param(
+            ["test_family.py"], "numba_cuda and test_agrees", 100, id="family_agreement", marks=pytest.mark.full
+        ),
         pytest.param(
             ["test_family.py"], "numba_cuda and not test_agrees", 60, id="family_more", marks=pytest.mark.full
         ),

@@ -304,7 +304,8 @@ def _run_terms(plan: Plan, operands: Operands, out: Any) -> None:
                 if len(terms) == 1:
                     _term(plan, terms[0], place, operands, part, y)
                     if terms[0].sign < 0:
-                        np.negative(y, out=y)
+                        # np.negative in place is wrong where elements lie 16 bytes apart (NumPy 2.4).
+                        np.multiply(y, y.dtype.type(-1), out=y)
                 else:
                     made = [_like(y, half, problem.layout) for half in np.split(scratch, 2)]
                     for term, sums in zip(terms, made, strict=True):
