@@ -63,7 +63,7 @@ def resident():
         return int(file.read().split()[1]) * resource.getpagesize()
 
 figures, seed = [], 0
-varied(0, 200 + COUNT)  # the same before: compiled kernels, and what Numba remembers of them, stay
+varied(0, 400 + COUNT)  # the same before, and some more: compiled kernels, and what Numba remembers of them, stay
 tracemalloc.start()
 for count in (200, COUNT // 2, COUNT - COUNT // 2):
     seed = varied(seed, count)

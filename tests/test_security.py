@@ -195,7 +195,7 @@ def test_hostile_words_are_refused_by_name_and_nothing_else():
 EVERYTHING = """
 import calls, gpuconv
 few = [name for name in calls.usable("cpu") if name in ("numba_cpu.strip", "numpy.gemm", "numpy.patches")]
-assert calls.run_all(calls.jobs(few, ("float32", "int8"))) >= 20  # few kernels: each child compiles its own
+assert calls.run_all(calls.jobs(few, ("float32",))) >= 10  # few kernels: each child compiles its own
 gpuconv.explain((1, 3, 9, 9), (4, 3, 3, 3), device="cuda"), gpuconv.info(), gpuconv.clear()
 gpuconv.trace([[1, 2], [3, 4]], [[1]])
 """
