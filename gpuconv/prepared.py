@@ -16,7 +16,7 @@ from gpuconv import arrays, dtypes, geometry, layouts, notation, padding_value, 
 from gpuconv.arrays import Operand
 from gpuconv.dispatch import Choice
 from gpuconv.geometry import Pads, Pair
-from gpuconv.problem import Conv2dProblem, as_zero_point
+from gpuconv.problem import Conv2dProblem, as_zero_point, check_choice
 
 _PROBLEMS = 64  # input sizes that one Conv2d remembers
 _SHOWN = 11  # rows and columns of a kernel that a notebook shows
@@ -233,7 +233,7 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
         padding_value.check_meaning(call, self._options["padding_value"], value, options["padding_mode"])
         kernel = self._kernel
         groups = geometry.as_integer(call, "groups", options["groups"], 1, 2**63)
-        request.check_choice(call, "layout", options["layout"], layouts.LAYOUTS)
+        check_choice(call, "layout", options["layout"], layouts.LAYOUTS)
         _, I, rows, columns = request.kernel_shape(call, kernel.shape, options["kernel_layout"])
         size = [
             geometry.window(k, d)
