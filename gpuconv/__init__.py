@@ -17,7 +17,8 @@ from gpuconv.problem import Conv2dProblem
 
 if TYPE_CHECKING:
     from gpuconv import grad
-    from gpuconv.explanation import Explanation, explain
+    from gpuconv.explaining import explain
+    from gpuconv.explanation import Explanation
     from gpuconv.machine import Info, clear, info
     from gpuconv.one_dimension import conv1d
     from gpuconv.patches import fold, unfold
@@ -63,7 +64,7 @@ _LATER = {
     "fold": "patches",
     "unfold": "patches",
     "Explanation": "explanation",
-    "explain": "explanation",
+    "explain": "explaining",
     "clear": "machine",
     "Info": "machine",
     "info": "machine",

@@ -16,7 +16,8 @@ from gpuconv import arrays, dtypes, geometry, layouts, notation, padding_value, 
 from gpuconv.arrays import Operand
 from gpuconv.dispatch import Choice
 from gpuconv.geometry import Pads, Pair
-from gpuconv.problem import Conv2dProblem, as_zero_point, check_choice
+from gpuconv.problem import Conv2dProblem, check_choice
+from gpuconv.zero_points import as_zero_point
 
 _PROBLEMS = 64  # input sizes that one Conv2d remembers
 _SHOWN = 11  # rows and columns of a kernel that a notebook shows

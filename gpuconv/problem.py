@@ -19,6 +19,7 @@ import numpy as np
 from gpuconv import dtypes, geometry, layouts
 from gpuconv.geometry import Pads, Pair
 from gpuconv.padding_value import check_meaning, checked
+from gpuconv.zero_points import as_zero_point, check_zero_point
 
 ACTIVATIONS = (None, "relu")
 PRECISIONS = ("highest", "high", "medium")
@@ -489,25 +490,3 @@ def check_choice(call: str, name: str, value: Any, accepted: tuple[str | None, .
     if not (value is None or isinstance(value, str)) or value not in accepted:
         known = ", ".join(map(repr, accepted))
         raise ValueError(f"{call}: {name} must be one of {known}; got {value!r}{geometry.meant(value, accepted)}")
-
-
-def as_zero_point(call: str, name: str, value: Any, dtype: str | None) -> int:
-    """``value`` as a zero point of ``dtype``, or for None, of an 8-bit type that holds it."""
-    if isinstance(value, np.ndarray) and value.size == 1:
-        value = value.reshape(())[()]
-    integer = geometry.as_integer(call, name, value, -(2**62), 2**62)
-    check_zero_point(call, name, integer, integer, dtype or ("int8" if integer < 0 else "uint8"))
-    return integer
-
-
-def check_zero_point(call: str, name: str, low: int, high: int, dtype: str) -> None:
-    """Refuse zero points (from ``low`` to ``high``) that ``dtype`` cannot hold, or that are not for 8-bit data."""
-    if low == high == 0:
-        return
-    if dtype not in ("int8", "uint8"):
-        raise TypeError(f"{call}: {name} is for int8 and uint8 operands; the operand has dtype {dtype}")
-    bottom, top = dtypes.RANGES[dtype]
-    if low < bottom or high > top:
-        raise ValueError(
-            f"{call}: {name} must lie in {dtype}'s range {bottom} to {top}; got {low if low < bottom else high}"
-        )

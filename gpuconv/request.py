@@ -15,7 +15,8 @@ from gpuconv.arrays import Array, Operand
 from gpuconv.backends.phases import fill_with_bias
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.errors import NoBackendError
-from gpuconv.problem import Conv2dProblem, check_choice, check_zero_point
+from gpuconv.problem import Conv2dProblem, check_choice
+from gpuconv.zero_points import check_zero_point
 
 if TYPE_CHECKING:
     from gpuconv.cutting import Piece

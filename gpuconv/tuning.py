@@ -13,7 +13,7 @@ import numpy as np
 from gpuconv import dispatch, dtypes, request
 from gpuconv.backends.protocol import Operands, Plan
 from gpuconv.errors import NoBackendError
-from gpuconv.explanation import explain
+from gpuconv.explaining import explain
 from gpuconv.problem import Conv2dProblem
 
 _CONFIGURATIONS = 3  # that are measured
