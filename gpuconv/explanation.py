@@ -112,7 +112,8 @@ class Explanation:
 
         Examples
         --------
-        >>> explain((8, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3).to_dict()["output_shape"]
+        >>> import gpuconv
+        >>> gpuconv.explain((8, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3).to_dict()["output_shape"]
         [8, 64, 112, 112]
         """
         p = self.problem

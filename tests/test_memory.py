@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import os
 import re
@@ -36,13 +37,21 @@ cpu_implementations = pytest.mark.parametrize("name", calls.usable("cpu", "forwa
 
 @contextmanager
 def traced() -> Iterator[Callable[[], int]]:
-    """Gives the peak, in bytes, of what was allocated since."""
+    """Gives the peak, in bytes, of what was allocated since.
+
+    Without the garbage collector meanwhile: what other tests left behind may warn when it is collected, and a warning
+    under ``tracemalloc`` reads the source it tells of, which would be counted.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         yield lambda: tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
+        if collecting:
+            gc.enable()
 
 
 PADS = ((7, 3), (2, 9))
@@ -123,11 +132,14 @@ def check_scratch(name: str, problem: str, fraction: int, of_inputs: Any = np.co
     x, k = of_inputs(x), of_inputs(k)
     conv2d(x, k, bias, out=out, **options)  # what is compiled or read from a cache is no scratch
     out[...] = 77
-    with traced() as peak:
-        conv2d(x, k, bias, out=out, **options)
-        taken = peak()
-    assert report.workspace <= options["workspace_limit"]
     slack = LOOP_BUFFERS * max(1, x.dtype.itemsize // 8)
+    for _ in range(2):  # what the call allocates, it allocates every time; another thread of the process does not
+        with traced() as peak:
+            conv2d(x, k, bias, out=out, **options)
+            taken = peak()
+        if taken <= report.workspace + slack:
+            break
+    assert report.workspace <= options["workspace_limit"]
     assert taken <= report.workspace + slack, f"{taken} bytes where {report.workspace} were announced"
     assert np.array_equal(out, answered(problem))
 
