@@ -17,8 +17,9 @@ import numpy as np
 
 from gpuconv import schedule
 from gpuconv.backends.numba_cpu import dense, runtime
-from gpuconv.backends.numba_cpu.copies import LETTERS, compiled
+from gpuconv.backends.numba_cpu.copies import LETTERS
 from gpuconv.backends.numba_cpu.microkernel import BLOCK
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.pixels_kernel import Packing
 from gpuconv.backends.numba_cpu.vectors import I64, SIZE, Emitter, Lanes, Value, get, routine
 from gpuconv.backends.protocol import Operands, Plan, Target

@@ -6,24 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from numba import njit
-from numba.core import types
-
-from gpuconv.backends.numba_cpu.kernel_cache import alone
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.vectors import I64, INTEGERS, SIZE, Emitter, Lanes, Value, routine, scalar
 
 # Of ``routine``: what kind of memory.
 LETTERS = {"float16": "h", "bfloat16": "2", "float32": "s", "float64": "d"} | {
     name: {1: "1", 2: "2", 4: "4", 8: "t"}[SIZE[name]] for name in INTEGERS
 }
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """A function for other compiled functions to call: of integers, compiled here and once, without Python's errors of
-    integer division.
-    """
-    signature = (types.intp,) * function.__code__.co_argcount
-    return njit([signature], error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(alone(function))
 
 
 class Rows(NamedTuple):

@@ -18,7 +18,8 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from gpuconv.backends.numba_cpu import runtime
-from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.copies import rows
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.vectors import I32, I64, Emitter, Lanes, Value, get, routine, scalar
 
 # Pixels by the bits of a register and the vectors of output channels: as many sums as the register file holds beside

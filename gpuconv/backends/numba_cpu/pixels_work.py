@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from gpuconv.backends.numba_cpu import runtime
-from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.copies import rows
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.pixels_kernel import PIXELS, packing_of, put, tile, zeros
 from gpuconv.backends.numba_cpu.runtime import take
 from gpuconv.backends.numba_cpu.turns import BUFFER, turns

@@ -20,8 +20,9 @@ import numpy as np
 
 from gpuconv import schedule
 from gpuconv.backends.numba_cpu import dense, runtime
-from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.copies import rows
 from gpuconv.backends.numba_cpu.microkernel import BLOCK
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.planes_kernel import ANYWHERE, INSIDE, STREAMED, band
 from gpuconv.backends.numba_cpu.strip import ALONE
 from gpuconv.backends.numba_cpu.vectors import Lanes, get, scalar, settle

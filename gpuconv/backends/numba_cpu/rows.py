@@ -19,8 +19,9 @@ import numpy as np
 from gpuconv import schedule
 from gpuconv.backends.numba_cpu import axes, dense, runtime, strip
 from gpuconv.backends.numba_cpu.axes import Axis
-from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.copies import rows
 from gpuconv.backends.numba_cpu.microkernel import BLOCK
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.rows_kernel import row_tile
 from gpuconv.backends.numba_cpu.vectors import Lanes, get, scalar
 from gpuconv.backends.protocol import Operands, Plan, Target

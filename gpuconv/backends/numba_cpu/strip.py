@@ -21,8 +21,9 @@ import numpy as np
 
 from gpuconv import schedule
 from gpuconv.backends.numba_cpu import axes, dense, runtime, strip_products, weights
-from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.copies import rows
 from gpuconv.backends.numba_cpu.microkernel import BLOCK, TILES
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.runtime import take
 from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes, get
 from gpuconv.backends.protocol import Operands, Plan, Target

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpuconv.backends.numba_cpu.copies import compiled, rows, woven
+from gpuconv.backends.numba_cpu.copies import rows, woven
 from gpuconv.backends.numba_cpu.microkernel import BLOCK, TILES, tile
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.vectors import Lanes
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.copies import rows
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.vectors import I64, SIZE, Emitter, Lanes, Value, routine
 
 _RUN = 64  # elements of a row of the buffer

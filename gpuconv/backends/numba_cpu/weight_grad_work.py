@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from gpuconv.backends.numba_cpu import strip, weight_grad_kernel
-from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.copies import rows
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.pixels_kernel import PIXELS, put
 from gpuconv.backends.numba_cpu.strip import (
     CHANNEL,

@@ -21,7 +21,8 @@ from llvmlite import ir
 
 from gpuconv import schedule
 from gpuconv.backends.numba_cpu import dense, runtime, strip
-from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.copies import rows
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.strip import (
     COLUMN_EXTENT,
     HIGH,

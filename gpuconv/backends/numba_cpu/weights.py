@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv.backends.numba_cpu import runtime
-from gpuconv.backends.numba_cpu.copies import compiled
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.vectors import I64, Emitter, Lanes, Value, get, routine, scalar
 
 # The table of arguments of the kernel that packs.

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from gpuconv.backends.numba_cpu import winograd_transforms, winograd_work
-from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.copies import rows
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.pixels_kernel import PIXELS, put
 from gpuconv.backends.numba_cpu.vectors import I64, Emitter, Lanes, Value, get, routine
 from gpuconv.backends.numba_cpu.winograd_transforms import POINTS, TILE, WINDOW

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gpuconv.backends.numba_cpu import winograd_transforms, winograd_work
-from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.copies import rows
 from gpuconv.backends.numba_cpu.microkernel import TILES, tile
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.vectors import Lanes, get
 from gpuconv.backends.numba_cpu.winograd_transforms import POINTS, TILE, WINDOW
 from gpuconv.backends.numba_cpu.winograd_work import (

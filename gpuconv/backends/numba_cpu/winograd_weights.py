@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv.backends.numba_cpu import runtime, weights, winograd_transforms
-from gpuconv.backends.numba_cpu.copies import compiled
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.vectors import Lanes, get
 from gpuconv.backends.numba_cpu.winograd_transforms import POINTS
 
