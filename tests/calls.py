@@ -36,13 +36,26 @@ SERVE_EVERYTHING = ("numba_cuda.direct", "numpy.reference")
 CHEAP = {
     "numba_cpu.strip": ("float32", "float64", "float16", "uint8", "int64"),
     "numba_cpu.complex": ("complex64",),  # whose parts are float32
+    "numba_cpu.weight_grad": ("float32", "float64"),
 }
+# Whether the long profile is asked for. Without it, what is only its own is not even listed: that alone took minutes.
+LONG = os.environ.get("GPUCONV_TEST_LONG") == "1"
 
 
-def is_costly(name: str, dtype: str) -> bool:
-    """As in running.py: specialised kernels for other dtypes are compiled in the long profile only."""
-    long = os.environ.get("GPUCONV_TEST_LONG") == "1"
-    return not long and name.startswith("numba_cpu.") and dtype not in CHEAP.get(name, ("float32",))
+def is_costly(name: str, dtype: str, result: str | None = None) -> bool:
+    """As in running.py: specialised kernels for other dtypes of x, or another floating-point dtype of the result, are
+    compiled in the long profile only.
+    """
+    types = {dtype, result if result is not None and result.startswith(("float", "bfloat")) else dtype}
+    served = types <= set(CHEAP.get(name, ("float32",))) and (len(types) == 1 or "float32" in types)
+    return not LONG and name.startswith("numba_cpu.") and not served
+
+
+def affordable(*dtypes: str) -> dict[str, Any]:
+    """Options for a call on operands of ``dtypes`` that is about the operator, whatever computes it: none, so that
+    gpuconv chooses; but NumPy where the quick profile does not compile a kernel for every shape.
+    """
+    return {} if LONG or set(dtypes) in ({"float32"}, {"float64"}) else {"backend": "numpy"}
 
 
 Index = tuple[int, ...]
@@ -286,11 +299,13 @@ def refuses(name: str, call: Call) -> bool:
 def jobs(
     names: Sequence[str], dtypes: Sequence[str] = DTYPES, geometries: Sequence[Geometry] = GEOMETRIES
 ) -> list[Job]:
-    """Every operator on every one of ``names`` that knows it, and on the one that gpuconv chooses for NumPy arrays."""
+    """Every operator on every one of ``names`` that knows it, and on the one that gpuconv chooses for NumPy arrays, or
+    NumPy's own (``affordable``).
+    """
     found: list[Job] = []
     for seed, (g, dtype) in enumerate(itertools.product(geometries, dtypes)):
         for call in make(g, dtype, seed=seed):
-            found += [(call, {"backend": name}) for name in serving(call, names)] + [(call, {})]
+            found += [(call, {"backend": name}) for name in serving(call, names)] + [(call, affordable(dtype))]
     return found
 
 
@@ -322,6 +337,8 @@ def on_threads(threads: int, todo: Sequence[Job], each: int) -> int:
 
 def child(script: str, *, limit: float = 120, **environment: str) -> str:
     """What ``script`` prints in a fresh Python that finds these files; it has to end in order in ``limit`` seconds."""
+    if environment.get("NUMBA_ENABLE_CUDASIM") == "1":
+        script = "import simulator\nsimulator.install()\n" + script
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path} | environment, capture_output=True,

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import os
-import threading
+import shutil
+import tempfile
 
 import pytest
+import simulator
 from hypothesis import HealthCheck, settings
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
@@ -16,6 +18,10 @@ settings.register_profile("quick", max_examples=25, derandomize=True, **_COMMON)
 settings.register_profile("simulator", max_examples=8, derandomize=True, **_COMMON)
 _EXAMPLES = int(os.environ.get("GPUCONV_TEST_EXAMPLES", "500"))
 settings.register_profile("deep", max_examples=_EXAMPLES, print_blob=True, **_COMMON)
+
+
+# The quick profile's tests of half a minute come first, so that no worker is left alone with one at the end.
+LONGEST = ("test_implementation_tests_on_the_stand_in", "test_kernels_in_the_simulator", "test_in_the_simulator")
 
 
 def _asks_for_full(config: pytest.Config) -> bool:
@@ -27,42 +33,17 @@ def pytest_configure(config: pytest.Config) -> None:
     simulated = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
     quick = "simulator" if simulated else "quick"
     if simulated:
-        _share_once()
+        simulator.install()
     settings.load_profile("deep" if _asks_for_full(config) else quick)
     if _asks_for_full(config):
         os.environ["GPUCONV_TEST_LONG"] = "1"  # the children's too
+    if "GPUCONV_TEST_OBJECTS" not in os.environ:  # where all processes of this run keep what fake_cupy.py compiles
+        os.environ["GPUCONV_TEST_OBJECTS"] = tempfile.mkdtemp(prefix="gpuconv-tests-")
+        config.add_cleanup(_forget_objects)
 
 
-def _share_once() -> None:
-    """Have the simulator's threads share their arrays: it looks one up, and makes it, with no lock."""
-    from numba.cuda.simulator import kernelapi
-
-    initialise = kernelapi.FakeCUDAShared.__init__
-
-    def initialised(self, size):
-        initialise(self, size)
-        self._allocations = _Allocations()
-
-    kernelapi.FakeCUDAShared.__init__ = initialised
-
-
-class _Allocations(dict):
-    """Between ``get``, which finds nothing, and the item that follows, no other thread finds nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self._making = threading.Lock()
-
-    def get(self, place):
-        self._making.acquire()
-        found = super().get(place)
-        if found is not None:
-            self._making.release()
-        return found
-
-    def __setitem__(self, place, array):
-        super().__setitem__(place, array)
-        self._making.release()
+def _forget_objects() -> None:
+    shutil.rmtree(os.environ.pop("GPUCONV_TEST_OBJECTS"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -72,6 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

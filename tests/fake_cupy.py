@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -110,12 +111,16 @@ class ElementwiseKernel:
 
 @functools.cache
 def _compiled(source: str) -> Any:
+    """The function ``launch`` of ``source``, which the processes of one run of pytest compile once (conftest.py)."""
     folder = Path(tempfile.mkdtemp(prefix="gpuconv-tests-"))
     try:
-        (folder / "kernel.cpp").write_text(source)
-        command = [str(compiler()), "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-o", "kernel.so", "kernel.cpp"]
-        subprocess.run(command, cwd=folder, check=True)
-        return ctypes.CDLL(str(folder / "kernel.so")).launch
+        kept = Path(os.environ.get("GPUCONV_TEST_OBJECTS", folder)) / f"{sha256(source.encode()).hexdigest()}.so"
+        if not kept.exists():
+            (folder / "kernel.cpp").write_text(source)
+            command = [str(compiler()), "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-o", "made", "kernel.cpp"]
+            subprocess.run(command, cwd=folder, check=True)
+            os.replace(folder / "made", kept)
+        return ctypes.CDLL(str(kept)).launch
     finally:
         shutil.rmtree(folder)
 
