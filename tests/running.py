@@ -7,9 +7,10 @@ import os
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import units
-from calls import is_costly
+from calls import LONG, is_costly
 
 import gpuconv
 from gpuconv import dispatch
@@ -17,8 +18,7 @@ from gpuconv import dispatch
 # These serve every valid problem; the others may refuse one, with reasons.
 SERVE_EVERYTHING = ("numba_cuda.direct", "numpy.reference")
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-# Whether the long profile is asked for. Without it, what is only its own is not even listed: that alone took minutes.
-LONG = os.environ.get("GPUCONV_TEST_LONG") == "1"
+STAND_IN = os.environ.get("GPUCONV_TEST_FAKE_CUPY") == "1"
 # What CUDA kernels are compiled for. 8.6 and 8.9 differ from 8.0 in how much fits a multiprocessor.
 ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0)) if LONG else ((8, 0), (9, 0))
 # More than two seconds each in the simulator, which gives every CUDA thread a thread of Python.
@@ -31,9 +31,15 @@ SLOW_IN_SIMULATOR = (
 SIMULATOR_MARKS = [pytest.mark.filterwarnings("ignore:.*encountered in scalar:RuntimeWarning")] if SIMULATED else []
 
 
-def skip_costly(name: str, array: Any) -> None:
+def result_dtype(x: Any, k: Any) -> Any:
+    """Of what their convolution gives, where both have a dtype of their own."""
+    both = hasattr(x, "dtype") and hasattr(k, "dtype")
+    return oracle.result_dtype(x.dtype, k.dtype) if both else None
+
+
+def skip_costly(name: str, array: Any, asked: Any = None) -> None:
     dtype = getattr(getattr(array, "dtype", None), "name", "float32")
-    if is_costly(name, dtype):
+    if is_costly(name, dtype, None if asked is None else np.dtype(asked).name):
         pytest.skip("specialised CPU kernels for other dtypes than float32 are compiled in the long profile")
 
 
@@ -45,6 +51,10 @@ def device_of(name: str) -> str:
     return dispatch.DEVICES[dispatch.library_of(name)]
 
 
+def is_usable(name: str) -> bool:
+    return dispatch.implementation(name).unavailable() is None
+
+
 def skip_unless_usable(name: str) -> None:
     reason = dispatch.implementation(name).unavailable()
     if reason is not None:
@@ -52,8 +62,11 @@ def skip_unless_usable(name: str) -> None:
 
 
 def usable(op: str = "forward") -> list[str]:
-    """What can compute ``op`` on this machine."""
-    return [name for name in dispatch.serving(op) if dispatch.implementation(name).unavailable() is None]
+    """What can compute ``op`` on this machine; of a child that stands for a GPU only what is there for the GPU's sake:
+    its parent's own tests have the others.
+    """
+    names = [name for name in dispatch.serving(op) if is_usable(name)]
+    return [name for name in names if device_of(name) == "cuda"] if SIMULATED or STAND_IN else names
 
 
 def simulated(name: str) -> bool:
@@ -77,7 +90,9 @@ def runner(name: str) -> units.Run:
     skip_unless_usable(name)
 
     def run(*operands: Any, **kwargs: Any) -> Any:
-        skip_costly(name, operands[0] if operands else kwargs.get("x"))
+        x, k, *_ = *operands, kwargs.get("x"), kwargs.get("k")
+        asked = kwargs.get("dtype")
+        skip_costly(name, x, result_dtype(x, k) if asked is None else asked)
         try:
             return gpuconv.conv2d(*operands, backend=name, **kwargs)
         except gpuconv.NoBackendError as refusal:

@@ -46,7 +46,8 @@ def some(cases: Iterable[tuple[str, ...]], quick: Callable[..., bool]) -> list[A
     some(
         itertools.product(SHAPES, (*INTEGERS, "float32"), ("float32", "float64")),
         lambda name, image, kernel: (
-            (image, kernel) in {("uint8", "float32"), ("int16", "float64")} or (name == "rows" and kernel == "float32")
+            (image, kernel) in {("uint8", "float32"), ("int16", "float64")}
+            or (name == "rows" and kernel == "float32" and image in ("bool", "int32", "uint32", "int64"))
         ),
     ),
 )
@@ -74,7 +75,10 @@ def test_integers_are_exact(name, image, kernel):
     assert np.array_equal(y, wanted)
 
 
-@pytest.mark.parametrize("bits", [128, 256, 512])
+@pytest.mark.parametrize(
+    "bits",  # this machine's own in the long profile: other tests are on it
+    [pytest.param(b, marks=pytest.mark.full if b == runtime.vector_bits() else ()) for b in (128, 256, 512)],
+)
 def test_integers_in_registers_of_any_width(bits):
     problem = Conv2dProblem.of((2, 1, 9, 37), (2, 1, 3, 3), x_dtype="uint8", k_dtype="int8", padding=1, bias=True)
     x, k = numbers(problem.x_shape, "uint8"), numbers(problem.k_shape, "int8", 1)

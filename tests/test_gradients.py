@@ -13,7 +13,7 @@ import oracle_family
 import pytest
 import scipy.signal
 import units
-from calls import is_costly
+from calls import affordable, is_costly
 from cases import BYTES, Case
 from family import FORWARD, FamilyCase, Shapes
 from hypothesis import given
@@ -57,6 +57,7 @@ def test_adjoint(case, dtype):
     rng, shapes = np.random.default_rng(4), Shapes.of(case)
     x, k, y = (integers(rng, shape, dtype) for shape in (case.x_shape, case.k_shape, shapes.y))
     options = {name: value for name, value in case.kwargs.items() if name in family.GEOMETRY}
+    options |= affordable(dtype)
     wanted = np.vdot(y, gpuconv.conv2d(x, k, **options))
     assert np.vdot(gpuconv.grad.conv2d_input(x.shape, k, y, **options), x) == wanted
     assert np.vdot(gpuconv.grad.conv2d_weight(x, k.shape, y, **options), k) == wanted
@@ -67,7 +68,7 @@ def test_adjoint(case, dtype):
 def test_transpose_is_the_adjoint_without_the_conjugate(case, dtype):
     shapes = Shapes.of(case)
     for found in family.transposed(case):
-        rng, kwargs = np.random.default_rng(5), dict(found.kwargs)
+        rng, kwargs = np.random.default_rng(5), found.kwargs | affordable(dtype)
         x, k, y = (integers(rng, shape, dtype) for shape in (case.x_shape, case.k_shape, shapes.y))
         forward = gpuconv.conv2d(x, k, **{name: value for name, value in kwargs.items() if name != "output_padding"})
         back = gpuconv.conv_transpose2d(y, k, **kwargs)
@@ -156,9 +157,10 @@ def test_scipy(name, dtype):
     of_input, of_weight = both(case)
     (k, y, *_), (x, *_) = (family.fill(found, dtype, "normal") for found in (of_input, of_weight))
     dx, dk = by_scipy(x, k, y, dict(of_input.kwargs))
-    found = gpuconv.grad.conv2d_input(x.shape, k, y, **of_input.kwargs)
+    options = of_input.kwargs | affordable(dtype)
+    found = gpuconv.grad.conv2d_input(x.shape, k, y, **options)
     assert np.max(np.abs(found - dx)) <= 1e-11 * np.max(np.abs(dx))
-    found = gpuconv.grad.conv2d_weight(x, k.shape, y, **of_input.kwargs)
+    found = gpuconv.grad.conv2d_weight(x, k.shape, y, **options)
     assert np.max(np.abs(found - dk)) <= 1e-11 * np.max(np.abs(dk))
 
 
@@ -273,9 +275,9 @@ def test_32_bit_sums_never_overflow(dtype):
         line = np.full(n, extreme, dtype)
         taps, image, row = line.reshape(n, 1, 1, 1), line.reshape(1, n, 1, 1), line.reshape(1, 1, 1, n)
         return [
-            functools.partial(gpuconv.grad.conv2d_input, (1, 1, 1, 1), taps, image),
-            functools.partial(gpuconv.grad.conv2d_weight, row, (1, 1, 1, 1), row),
-            functools.partial(gpuconv.conv_transpose2d, image, taps),
+            functools.partial(gpuconv.grad.conv2d_input, (1, 1, 1, 1), taps, image, **affordable(dtype)),
+            functools.partial(gpuconv.grad.conv2d_weight, row, (1, 1, 1, 1), row, **affordable(dtype)),
+            functools.partial(gpuconv.conv_transpose2d, image, taps, **affordable(dtype)),
         ]
 
     for call in calls(most):
@@ -294,7 +296,7 @@ def test_32_bit_sums_never_overflow(dtype):
 @pytest.mark.parametrize("dtype", [*cases.FLOATS, *cases.COMPLEX])
 @pytest.mark.parametrize("case", [case for case in family.FAMILY if case.call == "conv2d_bias"], ids=str)
 def test_bias_gradient(case, dtype):
-    run = functools.partial(family.public(case.call), device=None)
+    run = functools.partial(family.public(case.call), **affordable(dtype))
     for kind in ("normal", "positive", "wide", "narrow"):
         family.check(run, case, dtype, kind, into=kind in ("normal", "wide"))
 
@@ -305,12 +307,13 @@ def test_bias_gradient_of_integers_and_of_an_asked_for_dtype():
     assert found.dtype == np.int64
     assert found.tolist() == [255 * 50] * 3
     assert gpuconv.grad.conv2d_bias(y).tolist() == [255 * 50] * 3
-    assert gpuconv.grad.conv2d_bias(y.astype(np.float16), dtype=np.float32).tolist() == [255 * 50] * 3
+    narrow, options = y.astype(np.float16), affordable("float16", "float32")
+    assert gpuconv.grad.conv2d_bias(narrow, dtype=np.float32, **options).tolist() == [255 * 50] * 3
     assert gpuconv.grad.conv2d_bias(y.transpose(0, 2, 3, 1), layout="NHWC").tolist() == [255 * 50] * 3
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.full), "float32", "float64"])
 def test_bias_gradient_of_floats_is_compiled(dtype, layout):
     """Through NumPy it would wake the BLAS threads between two calls on Numba's."""
     y = np.random.default_rng(8).integers(-9, 9, (2, 3, 4, 3)).astype(cases.numpy_dtype(dtype))
@@ -325,7 +328,8 @@ def test_bias_gradient_of_floats_is_compiled(dtype, layout):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_bias_gradient_of_16_bits_is_summed_in_float32(dtype):
     taps = np.array([29952] * 300 + [256] + [-29952] * 300).astype(cases.numpy_dtype(dtype))
-    assert gpuconv.grad.conv2d_bias(taps.reshape(1, 1, 1, -1)).astype(np.float64).tolist() == [256]
+    options = {} if dtype == "float16" else affordable(dtype)
+    assert gpuconv.grad.conv2d_bias(taps.reshape(1, 1, 1, -1), **options).astype(np.float64).tolist() == [256]
 
 
 def test_bias_gradient_of_long_sums():

@@ -45,12 +45,12 @@ def child(first: int, count: int, side: str, seconds: int = 600, dtypes: str = "
 
 @pytest.mark.parametrize("side", ["end", "begin", "memory"])
 def test_random_problems(side):
-    status, shown = child(0, 32, side)
+    status, shown = child(0, 24, side)
     assert status == 0, shown
 
 
 def test_random_problems_of_two_types():
-    status, shown = child(100, 16, "end", dtypes=CONVERTED)
+    status, shown = child(100, 10, "end", dtypes=CONVERTED)
     assert status == 0, shown
 
 

@@ -16,15 +16,18 @@ import numpy as np
 import oracle
 import pytest
 import units
+from calls import is_costly
 from cases import BY_NAME, CASES, DTYPES, Case
 from running import (
     FORWARD,
     LONG,
     SIMULATOR_MARKS,
     SLOW_IN_SIMULATOR,
+    STAND_IN,
     device_of,
     every_implementation,
     home,
+    is_usable,
     runner,
     share,
     simulated,
@@ -43,12 +46,13 @@ def is_quick(name: str, case: Case, dtype: str) -> bool:
 
 
 def agreements() -> list[Any]:
-    params = []
+    params, absent = [], set()
     for name, case, dtype in itertools.product(FORWARD, CASES, DTYPES):
-        quick = is_quick(name, case, dtype)
-        if case.accepts(dtype) and (quick or LONG):
+        quick = is_quick(name, case, dtype) and not is_costly(name, dtype)
+        if case.accepts(dtype) and (quick or LONG) and name not in absent:
             marks = () if quick else pytest.mark.full
             params.append(pytest.param(name, case, dtype, id=f"{name}-{case.name}-{dtype}", marks=marks))
+            absent |= set() if is_usable(name) else {name}  # one skipped test says why
     return params
 
 
@@ -56,9 +60,11 @@ def agreements() -> list[Any]:
 def test_agrees(name, case, dtype):
     run, xp = runner(name), home(name, dtype)
     units.check(run, case, dtype, "normal", into=True)
-    if not simulated(name):
+    if simulated(name):
+        return
+    units.check(run, case, dtype, "narrow", xp=xp)
+    if LONG or not STAND_IN:  # whose sums are NumPy's
         units.check(run, case, dtype, "wide", into=True, xp=xp)
-        units.check(run, case, dtype, "narrow", xp=xp)
         units.check(run, case, dtype, "positive")
 
 

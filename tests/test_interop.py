@@ -15,6 +15,7 @@ import numpy as np
 import oracle
 import pytest
 import units
+from calls import affordable
 
 from gpuconv import Conv2d, conv2d, explain
 
@@ -258,10 +259,11 @@ def test_memory_forms_of_out_hold_the_result(form):
 def test_foreign_and_unaligned_memory_of_other_types(dtype):
     case = cases.BY_NAME["grouped"]
     x, k, _ = cases.fill(case, dtype, "narrow")
-    wanted = conv2d(x, k, **case.kwargs)
+    options = case.kwargs | ({} if dtype == "float16" else affordable(dtype))
+    wanted = conv2d(x, k, **options)
     arrangements = [packed_field, odd_address] + ([foreign_order] if dtype != "bfloat16" else [])
     for arrange in arrangements:
-        assert conv2d(arrange(x), arrange(k), **case.kwargs).tobytes() == wanted.tobytes(), arrange.__name__
+        assert conv2d(arrange(x), arrange(k), **options).tobytes() == wanted.tobytes(), arrange.__name__
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
@@ -448,7 +450,7 @@ def test_sixteen_threads_with_mixed_types():
     jobs = []
     for name, dtype in itertools.product(("grouped", "nhwc_hwio_strided", "reflect", "one_by_one"), cases.DTYPES):
         x, k, bias, answer = units.posed(cases.BY_NAME[name], dtype, "narrow")
-        jobs.append((x, k, bias, cases.BY_NAME[name].kwargs, answer))
+        jobs.append((x, k, bias, cases.BY_NAME[name].kwargs | affordable(dtype), answer))
     barrier = threading.Barrier(16)
 
     def work(thread: int) -> int:

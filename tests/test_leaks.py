@@ -49,7 +49,8 @@ def varied(first, count):
         )
         wrong = {0: {"workspace_limit": -1}, 1: {"workspace_limit": 1}}.get(seed % 10, {})
         for call in calls.make(g, DTYPES[seed % len(DTYPES)], exact=False, seed=seed):
-            for options in [{"backend": name} for name in calls.serving(call, names)] + [{}]:
+            # What gpuconv chooses, in the long run alone: of most sizes it has a kernel that others do not run.
+            for options in [{"backend": name} for name in calls.serving(call, names)] + [{}] * (COUNT >= 10_000):
                 try:
                     call.run(**options | wrong)
                 except (ValueError, MemoryError, gpuconv.NoBackendError):

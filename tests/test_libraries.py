@@ -49,8 +49,14 @@ def test_a_library_that_is_not_installed_is_a_reason(library):
 
 
 @without_cupy
-@pytest.mark.parametrize("error", ['ImportError("broken")', 'ModuleNotFoundError("broken", name="fastrlock")'])
-@pytest.mark.parametrize("use", USES.split("; "))
+@pytest.mark.parametrize(
+    ("error", "use"),
+    [
+        pytest.param(error, use, marks=pytest.mark.full if number and error[0] == "M" else ())
+        for error in ('ImportError("broken")', 'ModuleNotFoundError("broken", name="fastrlock")')
+        for number, use in enumerate(USES.split("; "))
+    ],
+)
 def test_a_library_that_is_broken_is_a_reason_with_its_own_error(error, use):
     """Not an exception of every call: the CPU, or Numba's CUDA, can do without it."""
     script = BLOCK.format(blocked="cupy", error=error) + use
@@ -67,10 +73,13 @@ import gpuconv
 print(time.perf_counter() - start)
 loaded = {"numba", "cupy", "torch", "click", "rich", "PIL", "ml_dtypes", "scipy", "llvmlite"} & sys.modules.keys()
 assert not loaded, loaded
+"""
+    convolve = """
 gpuconv.conv2d(numpy.ones((5, 5)), numpy.ones((3, 3)))
 assert "cupy" not in sys.modules, "a convolution on the CPU loaded CuPy"
 """
     # Compiled modules are cached, as they are for a user, whatever this process was told; the first run fills the
     # cache. The least of several: anything else that runs here only ever adds.
     cached = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    assert min(float(python(script, **cached)) for _ in range(6)) <= 0.05
+    python(script + convolve, **cached)
+    assert min(float(python(script, **cached)) for _ in range(5)) <= 0.05

@@ -121,9 +121,10 @@ def test_depthwise(case):
     ],
 )
 def test_other_vectors(dtype, bits):
-    for case in DENSE[1 :: 6 if dtype == "float16" else 2]:
+    few = dtype == "float16" or bits == 128
+    for case in DENSE[1 :: 6 if few else 2]:
         check(pixels, case, dtype, bits=bits, threads=1)
-    for case in DEPTHWISE[:: 6 if dtype == "float16" else 1]:
+    for case in DEPTHWISE[:: 6 if few else 1]:
         if dtype == "float32" or case.k_shape[2:] == (3, 3):
             check(channels, case, dtype, bits=bits, threads=1)
 

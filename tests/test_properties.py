@@ -94,7 +94,7 @@ def test_any_valid_call(share, call):
     dtype = cases.numpy_dtype(call.kwargs["dtype"]) if "dtype" in call.kwargs else None
     answer = oracle.answer(x, k, bias, **call.kwargs | {"dtype": dtype})
     for name in usable():
-        if is_costly(name, call.x_dtype):
+        if is_costly(name, call.x_dtype, call.kwargs.get("dtype")):
             continue
         check(call, name, (x, k, bias), answer)
 

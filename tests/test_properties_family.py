@@ -21,7 +21,7 @@ import numpy as np
 import oracle
 import pytest
 import units
-from calls import is_costly
+from calls import affordable, is_costly
 from hypothesis import event, given
 from hypothesis import strategies as st
 from oracle import Answer
@@ -47,7 +47,7 @@ def judged(
     laid = [form.lay(array) for form, array in zip(laid_as, operands, strict=True)]
     images = [memory.tobytes() for _, memory in laid]
     for name in usable(op):
-        if is_costly(name, operands[0].dtype.name):
+        if is_costly(name, operands[0].dtype.name, dtype.name):
             continue
         options: dict[str, Any] = {"backend": name}
         if problem.into:
@@ -120,9 +120,9 @@ def test_gradients_are_adjoints(share, problem, vector):
         problem.image(values(rng, problem.sizes, dtype, True)),
         problem.weights(values(rng, problem.kernel, dtype, True)),
     )
-    y = conv2d(x, k, **problem.asked | {"workspace_limit": None})
+    options = problem.asked | {"workspace_limit": None} | affordable(dtype)
+    y = conv2d(x, k, **options)
     g = values(rng, y.shape, dtype, True)
-    options = problem.asked | {"workspace_limit": None}
     inner = np.vdot(g, y)
     assert np.vdot(gpuconv.grad.conv2d_input(x.shape, k, g, **options), x) == inner
     assert np.vdot(gpuconv.grad.conv2d_weight(x, k.shape, g, **options), k) == inner
@@ -232,31 +232,32 @@ def test_conv1d_is_conv2d_of_one_row(share, problem, mode, length):
     shared = {"groups": problem.groups, "flip": problem.flip, "padding_mode": mode}
     pads = padding if isinstance(padding, str) else ((0, 0), padding)
     pairs = {name: (1, value) for name, value in steps.items()}
-    wanted = conv2d(x[:, :, None], k[:, :, None], b, padding=pads, **pairs, **shared)[:, :, 0]
+    chosen = affordable(*problem.dtypes)
+    wanted = conv2d(x[:, :, None], k[:, :, None], b, padding=pads, **pairs, **shared, **chosen)[:, :, 0]
     layout = {"NCHW": "NCL", "NHWC": "NLC"}[problem.layout]
     kernel_layout, order = {"OIHW": ("OIK", (0, 1, 2)), "HWIO": ("KIO", (2, 1, 0)), "OHWI": ("OKI", (0, 2, 1))}[
         problem.kernel_layout
     ]
     given = x.swapaxes(1, 2) if layout == "NLC" else x
     options = {**steps, **shared, "padding": padding, "layout": layout, "kernel_layout": kernel_layout}
-    y = gpuconv.conv1d(given, k.transpose(order), b, **options)
+    y = gpuconv.conv1d(given, k.transpose(order), b, **options, **chosen)
     back = y.swapaxes(1, 2) if layout == "NLC" else y
     assert (back.shape, back.dtype) == (wanted.shape, wanted.dtype)
     if problem.exact:
         assert np.array_equal(back, wanted)
         for name in usable():
-            if is_costly(name, given.dtype.name):
+            if is_costly(name, given.dtype.name, y.dtype.name):
                 continue
             try:
                 assert np.array_equal(gpuconv.conv1d(given, k.transpose(order), b, backend=name, **options), y)
             except gpuconv.NoBackendError:
                 assert name not in SERVE_EVERYTHING
     if N:
-        single = gpuconv.conv1d(given[0], k.transpose(order), b, **options)
+        single = gpuconv.conv1d(given[0], k.transpose(order), b, **options, **chosen)
         assert single.shape == y.shape[1:]
         assert not problem.exact or np.array_equal(single, y[0])
     if (C, O) == (1, 1) and N:
-        assert gpuconv.conv1d(x[0, 0], k[0, 0], **options).shape == (wanted.shape[-1],)
+        assert gpuconv.conv1d(x[0, 0], k[0, 0], **options, **chosen).shape == (wanted.shape[-1],)
 
 
 @shares
@@ -271,7 +272,10 @@ def test_prepared_is_conv2d(share, problem, other):
     N, C, H, W = problem.sizes
     larger = problem.image(values(rng, (N + 1, C, H + other[0], W + other[1]), "float32", problem.exact))
     options = problem.asked | {"workspace_limit": None}
-    for name in (None, *usable()):
+    dtype = oracle.result_dtype(x.dtype, k.dtype).name
+    for name in (affordable(x.dtype.name, dtype).get("backend"), *usable()):
+        if name is not None and is_costly(name, x.dtype.name, dtype):
+            continue
         try:
             wanted = [conv2d(image, k, b, backend=name, **options) for image in (x, larger, x)]
         except gpuconv.NoBackendError:
