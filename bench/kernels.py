@@ -109,7 +109,8 @@ def depthwise(line: str, load: str, reader: str = "inside") -> Configuration:
     )
     body = depthwise_kernel.build(block.shape, problem.x_dtype, reader, load, vectors)
     name = f"{problem.x_dtype} {problem.KH}×{problem.KW}, {block.shape} {load}"
-    return Configuration("depthwise", name, body, arguments, block.threads, None, block.shared_bytes)
+    registers = depthwise_shape.REGISTERS
+    return Configuration("depthwise", name, body, arguments, block.threads, registers, block.shared_bytes)
 
 
 def implicit_gemm(dtype: str, tile: Any, gather: str, scatter: str) -> Configuration:

@@ -20,7 +20,7 @@ _narrow, _wide = np.int32, np.int64
 @lru_cache(maxsize=128)
 def kernel(shape: Shape, dtype: str, reader: str, load: str, vectors: bool) -> Any:
     """The compiled-on-demand kernel of one specialisation."""
-    return launch.jit(depthwise_kernel.build(shape, dtype, reader, load, vectors))
+    return launch.jit(depthwise_kernel.build(shape, dtype, reader, load, vectors), depthwise_shape.REGISTERS)
 
 
 def run(problem: Conv2dProblem, x: Flat, k: Flat, y: Flat, bias: Any, has_bias: bool, like: Any, stream: Any) -> Any:

@@ -27,6 +27,9 @@ SIDE = 32
 # Threads of a block, at most, and of those side by side; threads where groups are side by side.
 THREADS, ACROSS = 128, 32
 THREADS_SIDE = 256
+# Registers of a thread, at most: two blocks of THREADS_SIDE on a multiprocessor. None of the kernels spills with them;
+# left alone, some in float64 take 142.
+REGISTERS = 128
 # Extents, tiles and table entries: what the kernel counts in 32 bits, less what a tile may add.
 MOST = 2**28
 # Of a typical large GPU (A100): what short columns of threads are to keep busy.
