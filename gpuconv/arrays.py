@@ -328,15 +328,6 @@ def on_stream(ordinal: int | None, stream: int | None) -> AbstractContextManager
     return _DeviceAndStream(device, cupy.cuda.ExternalStream(stream, ordinal))
 
 
-def synchronize(ordinal: int) -> None:
-    """Wait for all work on GPU ``ordinal``'s current stream, where CuPy is loaded."""
-    if "cupy" in sys.modules:
-        import cupy
-
-        with cupy.cuda.Device(ordinal):
-            cupy.cuda.get_current_stream().synchronize()
-
-
 def stream_of(operand: Operand | None) -> Any | None:
     """The stream that ``operand`` is made on: its library's current one on its GPU; None for host memory."""
     if operand is None or operand.device is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import arrays, dtypes, geometry, layouts, notation, padding_value, quick, request
+from gpuconv import arrays, dtypes, geometry, layouts, marks, notation, padding_value, quick, request
 from gpuconv.arrays import Operand
 from gpuconv.dispatch import Choice
 from gpuconv.geometry import Pads, Pair
@@ -50,6 +51,10 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
     it gives one, as ``conv2d`` does. It can be pickled. ``gpuconv.clear()`` releases what was packed and uploaded; the
     next call makes it again.
 
+    On a GPU, calls may come on any streams, without a word to each other: what one packs, the others' streams wait for
+    on the GPU, while it is not done. Only where a CUDA graph is captured before it is done does the host wait, once.
+    Within a capture nothing can be packed, which is a RuntimeError: call the layer once before.
+
     Examples
     --------
     >>> import numpy as np
@@ -85,8 +90,9 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
         workspace_limit: int | None = None,
     ) -> None:
         call = "Conv2d"
-        self._kernel = _snapshot(arrays.operand(call, "k", k))
-        self._bias = None if bias is None else _snapshot(request.as_bias(call, bias))
+        self._copied: list[marks.Mark] = []  # behind the copies of kernel and bias, where these are on a GPU
+        self._kernel = self._snapshot(arrays.operand(call, "k", k))
+        self._bias = None if bias is None else self._snapshot(request.as_bias(call, bias))
         self._zero_points = request.as_zero_points(call, k_zero_point).copy()
         self._options: dict[str, Any] = {
             "stride": _frozen(stride), "padding": _frozen(padding), "dilation": _frozen(dilation), "groups": groups,
@@ -99,11 +105,12 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
         request.check_where(call, device, backend)
         self._line = self._check(call)
         self._lock = threading.RLock()
-        self._kept: dict[Any, Any] = {}
+        self._kept: dict[Any, tuple[Any, marks.Mark | None]] = {}
         self._ready: dict[Any, quick.Ready] = {}
         self._repeats = device is None and workspace_limit is None
         self._problems: OrderedDict[Any, tuple[Conv2dProblem, tuple[int, ...]]] = OrderedDict()
         _live.add(self)
+        weakref.finalize(self, _let_go, self._kept, self._copied).atexit = False
 
     def __call__(self, x: Any, out: Any = None, stream: Any = None) -> Any:
         """Convolve ``x``: ``conv2d`` with the kernel and the options of this object.
@@ -173,7 +180,10 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
         asked = request.of_operands(call, image, self._kernel, self._bias, self._zero_points, **options)
         # What is packed is for the steps of the whole image.
         own = tuple(geometry.as_pair(call, name, self._options[name], 1) for name in ("stride", "dilation"))
-        return request.compute(call, asked, keeper=self if own == (stride, dilation) else None, **self._where)
+        keeper = self if own == (stride, dilation) else None
+        if keeper is None:
+            self._await_copies()
+        return request.compute(call, asked, keeper=keeper, **self._where)
 
     def __repr__(self) -> str:
         return f"Conv2d({self._line})"
@@ -200,17 +210,46 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = self._options | self._where | {"k_zero_point": self._zero_points}
         bias = None if self._bias is None else self._bias.array
+        for mark in self._copied:
+            mark.reach()  # pickling copies to the host
         return _rebuilt, (self._kernel.array, bias, arguments)
 
     def kept(self, key: Any, make: Callable[[], Any], ordinal: int | None) -> Any:
-        """What ``make`` gave the first time it was asked for under ``key``, on GPU ``ordinal``."""
+        """What ``make`` gave the first time it was asked for under ``key``: on the current stream of GPU ``ordinal``,
+        which is there for what the stream is asked for from here on; or with None on the host.
+        """
         with self._lock:
-            if key not in self._kept:
+            found = self._kept.get(key)
+            if found is None:
+                if ordinal is not None and marks.captures():
+                    raise RuntimeError(
+                        "Conv2d: its weights cannot be packed while a CUDA graph is captured, which would hold the "
+                        "packing and not the weights; call the layer once, with such an image, before the capture"
+                    )
+                self._await_copies(ordinal is None)
                 made = make()
-                if ordinal is not None:
-                    arrays.synchronize(ordinal)  # the next call may come on another stream
-                self._kept[key] = made
-            return self._kept[key]
+                self._kept[key] = made, None if ordinal is None else marks.Mark(ordinal)
+                return made
+            if found[1] is not None:
+                found[1].wait()
+            return found[0]
+
+    def _await_copies(self, on_host: bool = False) -> None:
+        """Let what comes read the copies of kernel and bias: on CuPy's current stream, or on the host."""
+        for mark in self._copied:
+            if on_host:
+                mark.reach()
+            else:
+                mark.wait()
+
+    def _snapshot(self, operand: Operand) -> Operand:
+        """A contiguous copy, in memory of its own."""
+        if operand.device is None:
+            return replace(operand, array=arrays.native(operand.array.copy(order="C")), stream=None)
+        with arrays.on_stream(operand.device, operand.stream):
+            copy = operand.array.copy(order="C")
+            self._copied.append(marks.Mark(operand.device))
+        return replace(operand, array=copy, stream=None)
 
     def _problem(self, call: str, image: Operand) -> tuple[Conv2dProblem, tuple[int, ...]]:
         """The problem of one image, and the shape of its result."""
@@ -275,21 +314,21 @@ def release() -> None:
     """Drop what every living Conv2d has packed and uploaded."""
     for layer in list(_live):
         with layer._lock:
+            _let_go(layer._kept, [])
             layer._kept.clear()
             layer._ready.clear()
 
 
+def _let_go(kept: dict[Any, tuple[Any, marks.Mark | None]], copied: list[marks.Mark]) -> None:
+    """Wait for the GPUs whose memory is given back, where another stream or a graph may still be reading it."""
+    found = [(mark, None) for mark in copied] + [(mark, value) for value, mark in kept.values() if mark is not None]
+    read = {mark.ordinal for mark, value in found if mark.shared or getattr(value, "captured", None)}
+    if read and all(mark.process == os.getpid() for mark, _ in found):  # CUDA does not survive a fork
+        marks.settle(sorted(read))
+
+
 def _rebuilt(kernel: Any, bias: Any, arguments: dict[str, Any]) -> Conv2d:
     return Conv2d(kernel, bias, **arguments)
-
-
-def _snapshot(operand: Operand) -> Operand:
-    """A contiguous copy, in memory of its own."""
-    with arrays.on_stream(operand.device, operand.stream):
-        copy = arrays.native(operand.array.copy(order="C")) if operand.device is None else operand.array.copy(order="C")
-    if operand.device is not None:
-        arrays.synchronize(operand.device)
-    return replace(operand, array=copy, stream=None)
 
 
 def _frozen(value: Any) -> Any:

@@ -173,7 +173,9 @@ class Keeper(Protocol):
     """Who keeps what was moved to a device or packed, for the next call."""
 
     def kept(self, key: Any, make: Callable[[], Any], ordinal: int | None) -> Any:
-        """What ``make`` gave the first time it was asked for under ``key``; it is or was on GPU ``ordinal``."""
+        """What ``make`` gave the first time it was asked for under ``key``, on CuPy's current stream of GPU ``ordinal``
+        or with None on the host; there for what that stream is asked for next.
+        """
 
 
 def compute(
@@ -339,7 +341,9 @@ def execute(
     if stream is None and place == home:
         stream = request.first.stream
     out = None if given is None else given.array
-    sources = [(operand, arrays.stream_of(operand)) for operand in (request.first, request.second, request.bias, given)]
+    # What a keeper has copied is nobody else's: it sees to its order itself.
+    theirs = (request.first, given) if keeper is not None else (request.first, request.second, request.bias, given)
+    sources = [(operand, arrays.stream_of(operand)) for operand in theirs]
     with arrays.on_stream(place, stream):
         for operand, source in sources:
             if operand is not None and operand.device is not None:
@@ -353,7 +357,7 @@ def execute(
             return arrays.to_host(operand.array) if ordinal is None else arrays.to_device(operand.array, ordinal)
 
         def kept(key: Any, make: Callable[[], Any]) -> Any:
-            return make() if keeper is None else keeper.kept((key, ordinal, target.ordinal), make, target.ordinal)
+            return make() if keeper is None else keeper.kept((key, ordinal, target.ordinal), make, ordinal)
 
         held = None if pieces is not None and home is None else ordinal  # where the result is written
         in_place = out is not None and home == held

@@ -177,6 +177,10 @@ class Device:
     def __exit__(self, *details: Any) -> None:
         pass
 
+    def synchronize(self) -> None:
+        for stream in list(STREAMS.values()):
+            stream.synchronize()
+
 
 def _zeroed_errors(name: str) -> Any:
     """NumPy's function without its warnings: a GPU's NaN and infinities come silently."""
@@ -218,6 +222,10 @@ class Event:
     def __init__(self, disable_timing: bool = False) -> None:
         self.stream: Stream | None = None
         self.count = 0
+
+    @property
+    def done(self) -> bool:
+        return self.stream is None or self.stream.done >= self.count
 
     def synchronize(self) -> None:
         if self.stream is not None:

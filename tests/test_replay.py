@@ -20,7 +20,7 @@ if SIMULATED:
 import gpuconv
 from gpuconv.backends.numba_cuda import direct, launch, patches, patches_kernel, replay, ring, tensor_shape
 
-QUICK = "mma-NCHW or gemm-NHWC or alive or threads or tables or within or graphs"
+QUICK = "mma-NCHW or gemm-NHWC or alive or threads or tables or within or graphs or address"
 
 
 @pytest.mark.parametrize(

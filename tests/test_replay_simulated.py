@@ -148,7 +148,7 @@ def test_a_warmed_up_call_only_launches(name, layout, gpu, launches, monkeypatch
 
 
 def kept(layer: gpuconv.Conv2d) -> replay.Kept:
-    (found,) = (value for value in layer._kept.values() if isinstance(value, replay.Kept))
+    (found,) = (value for value, _ in layer._kept.values() if isinstance(value, replay.Kept))
     return found
 
 
@@ -218,6 +218,29 @@ def test_threads_and_streams_have_scratch_of_their_own(gpu):
     ]
     shared = scratch[0] & scratch[1] & scratch[2]
     assert len(shared) == 1, "the packed weights alone"
+
+
+def test_a_new_stream_with_an_old_ones_address_has_scratch_of_its_own(monkeypatch):
+    """The driver counts streams; what the one that is gone was asked for may still be running in its scratch."""
+    layer, (x, *_) = layer_of(TENSOR, "NCHW")
+    for number in (30, 31, 31):
+        monkeypatch.setattr(launch, "stream_number", lambda address, number=number: (address, number))
+        layer(x, out=room(layer, x))
+    assert len(kept(layer).calls) == 2
+
+
+def test_a_call_of_a_new_kind_is_refused_within_a_capture(gpu, launches, monkeypatch):
+    """Its scratch would be given to others while the graph writes to it."""
+    layer, (x, *_) = layer_of(TENSOR, "NCHW")
+    wanted = layer(x, out=room(layer, x)).tobytes()
+    launches.clear()
+    with monkeypatch.context() as capture:
+        capture.setattr(gpu.cuda.runtime, "streamIsCapturing", lambda address: address == 7)
+        with pytest.raises(RuntimeError, match="make one like it before the capture"):
+            layer(x[:1], out=room(layer, x)[:1])
+        assert launches == []
+        assert layer(x, out=room(layer, x)).tobytes() == wanted
+    assert layer(x[:1], out=room(layer, x)[:1]).tobytes() == wanted[: len(wanted) // 2]
 
 
 def test_the_calls_kept_are_bounded_but_for_a_graphs(gpu, monkeypatch):

@@ -164,8 +164,7 @@ def pack(plan: Plan, operands: Operands) -> Any:
     with launch.on_gpu(operands.ordinal):
         stream = launch.stream(operands.stream, operands.x)
         flat = launch.flat(operands.k, stream)
-        if stream:
-            stream.synchronize()  # other streams will read it
+        launch.packed_on(stream, operands.x)
         return flat
 
 

@@ -112,10 +112,20 @@ def in_elements(array: Any) -> bool:
     return begins and all(step % array.itemsize == 0 for step in array.strides)
 
 
-def flat(array: Any, on: Any = 0) -> Flat:
-    """A GPU array in place, or a host array uploaded, on the stream ``on``, in its own memory order."""
+def _uploaded(host: np.ndarray[Any, Any], on: Any) -> Any:
+    """A host array's copy in device memory, asked for on the stream ``on``.
+
+    It holds the array: a GPU that reads the host's memory itself may do so after this returns.
+    """
     from numba import cuda
 
+    made = cuda.to_device(host, stream=on)
+    made.copied = host
+    return made
+
+
+def flat(array: Any, on: Any = 0) -> Flat:
+    """A GPU array in place, or a host array uploaded, on the stream ``on``, in its own memory order."""
     if isinstance(array, Flat):
         return array
     if not resident(array):
@@ -123,7 +133,7 @@ def flat(array: Any, on: Any = 0) -> Flat:
         axes = _memory_order(array)
         dense = np.ascontiguousarray(array.transpose(axes))
         with memory_for(dense.nbytes):
-            return Flat(cuda.to_device(_bits(dense.reshape(-1)), stream=on), 0, _strides(dense, axes))
+            return Flat(_uploaded(_bits(dense.reshape(-1)), on), 0, _strides(dense, axes))
     if not in_elements(array):
         array = array.copy()
     low, high = arrays.byte_bounds(array)
@@ -202,11 +212,8 @@ class _Span:
 
 def vector(like: Any, values: Any | None, dtype: np.dtype[Any], size: int = 1, on: Any = 0) -> Any:
     """A small contiguous vector on the device that holds ``like``; ``size`` zeros when there are no values."""
-    from numba import cuda
-
     if not resident(like):
-        host = np.zeros(size, dtype) if values is None else np.ascontiguousarray(values, dtype)
-        return cuda.to_device(host, stream=on)
+        return _uploaded(np.zeros(size, dtype) if values is None else np.ascontiguousarray(values, dtype), on)
     import cupy
 
     array = cupy.zeros(size, dtype) if values is None else cupy.ascontiguousarray(cupy.asarray(values), dtype)
@@ -264,6 +271,12 @@ def jit(body: Any, registers: int | None = None, dynamic: int = 0) -> Kernel:
     return Kernel(made, dynamic)
 
 
+def check_grid(blocks: int) -> None:
+    """Refuse what no launch can do, and what would be launched with the rest of a division by 2^32 instead."""
+    if not 1 <= blocks <= MAX_GRID_X:
+        raise ValueError(f"a launch of {blocks} blocks; a grid has from 1 to {MAX_GRID_X}")
+
+
 # Held by who has a warning of Numba's off, which is off for the whole process.
 _UNWARNED = threading.Lock()
 
@@ -280,6 +293,7 @@ class Kernel:
         self.asked: set[Any] = set()  # (function, device)
 
     def __getitem__(self, shape: tuple[Any, ...]) -> Callable[..., None]:
+        check_grid(shape[0])
         whole = shape + (0, self.dynamic)[len(shape) - 2 :]
 
         def launch(*arguments: Any) -> None:
@@ -335,6 +349,32 @@ def stream_address(address: int | None, like: Any) -> int:
 
         address = int(cupy.cuda.get_current_stream().ptr)
     return address or 0
+
+
+def stream_number(address: int) -> int:
+    """What tells a stream from all others that there are or were, one of which may have had its address.
+
+    The driver counts them, also each thread's own default stream, whose address is 2 in every thread; -1 is the default
+    stream of all.
+    """
+    if address in (0, 1):
+        return -1
+    if convert.simulated():
+        return address
+    from numba.cuda.cudadrv import driver
+
+    return int(driver.driver.cuStreamGetId(address))
+
+
+def packed_on(stream: Any, like: Any) -> None:
+    """Wait for what was packed for calls with arrays like ``like``: for host arrays, whose results are waited for too.
+
+    What a GPU's are packed for is put in order by who keeps it.
+    """
+    from numba import cuda
+
+    if not resident(like):
+        (stream or cuda.default_stream()).synchronize()
 
 
 def stream(address: int | None, like: Any) -> Any:

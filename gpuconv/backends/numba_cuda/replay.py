@@ -3,8 +3,10 @@
 The first call with arrays of some shape and strides makes its tables, scratch and arguments, and keeps them beside the
 packed weights. Later ones differ in where x and y begin, so that they are nothing but launches: no allocation, no copy,
 nothing waited for, and they can be captured in a CUDA graph. What is kept belongs to one thread and one stream, whose
-calls are in order: two of them never share scratch, and a capture needs a first call on its own stream. A graph goes on
-using the scratch of what it captured, which is kept for as long as the ``Conv2d`` keeps its weights.
+calls are in order: two of them never share scratch, nor does a new stream with the address of one that is gone, whose
+kernels may still be running. A capture needs a first call on its own stream, because what it would allocate is not the
+graph's. A graph goes on using the scratch of what it captured, which is kept for as long as the ``Conv2d`` keeps its
+weights.
 
 ``pack`` and ``run`` are those of every implementation that lists its launches: it says how weights are packed for one
 of its plan's, and what the steps of one are.
@@ -20,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
-from gpuconv import arrays, dtypes
+from gpuconv import arrays, dtypes, marks
 from gpuconv.backends.numba_cuda import convert, direct, launch, ptx
 from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.backends.protocol import Operands, Plan
@@ -53,6 +55,9 @@ class Step:
     grid: int
     threads: int
     arguments: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        launch.check_grid(self.grid)
 
     def run(self, stream: Any) -> None:
         """Launch it."""
@@ -158,6 +163,7 @@ class Call:
     steps: list[Step]
     x: Any
     y: Any
+    bias: Any  # held until all is launched, because steps may have pieces of it
 
 
 @dataclass
@@ -170,21 +176,33 @@ class Kept:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, plan: Plan, x: Any, y: Any, address: int, stream: Any, make: Callable[[], Call]) -> None:
-        """Launch what was made for a call like this one, or make it; ``address`` is the stream's."""
+        """Launch what was made for a call like this one, or make it; ``address`` is the stream's.
+
+        Raises
+        ------
+        RuntimeError
+            When it would have to be made within the capture of a graph.
+        """
         memory = Memory(x), Memory(y)
+        captured = marks.captures(address)
         key = (
-            id(plan), x.strides, y.strides, *(of.address % ptx.VECTOR_BYTES for of in memory), address,
-            threading.get_ident(),
+            id(plan), x.strides, y.strides, *(of.address % ptx.VECTOR_BYTES for of in memory),
+            launch.stream_number(address), threading.get_ident(),
         )  # fmt: skip
         with self.lock:
             found = self.calls.get(key)
             if found is not None:
                 self.calls.move_to_end(key)
-                if _captures(address):
+                if captured:
                     self.captured[key] = found
             else:
                 found = self.captured.get(key)
         if found is None:
+            if captured:
+                raise RuntimeError(
+                    "Conv2d: a CUDA graph is being captured, and this is the first call of its kind on this stream and "
+                    "thread, whose scratch would not be the graph's; make one like it before the capture"
+                )
             call = make()
             # The plan is held, so that no other one gets its id.
             found = plan, [step.kept(call.x, call.y) for step in call.steps]
@@ -194,15 +212,6 @@ class Kept:
                     self.calls.popitem(last=False)
         for launched in found[1]:
             launched.launch(stream, memory)
-
-
-def _captures(address: int) -> bool:
-    """Whether a graph is made of what the stream is given; of the default stream, 0 or 1, none can be."""
-    if address in (0, 1):
-        return False
-    import cupy
-
-    return bool(cupy.cuda.runtime.streamIsCapturing(address))
 
 
 def in_place(array: Any) -> bool:
@@ -233,8 +242,7 @@ def pack(plan: Plan, operands: Operands, pack: Pack | None) -> Kept:
         k: Any = launch.flat(operands.k, stream)
         if pack is not None:
             k = [pack(cut, k, operands.x, stream) for cut in plan.config["launches"]]
-        if stream:
-            stream.synchronize()  # other streams will read it
+        launch.packed_on(stream, operands.x)
         return Kept(k)
 
 
@@ -268,4 +276,4 @@ def _call(plan: Plan, operands: Operands, y: Flat, stream: Any, steps: Steps) ->
         packed = isinstance(k, list)
         of_x, of_k, of_y = (x, k[number], y) if packed else direct.views(plan.problem, cut.part, x, k, y)
         made += steps(cut, of_x, of_k, of_y, bias, has_bias, like, stream)
-    return Call(made, x.vector, y.vector)
+    return Call(made, x.vector, y.vector, bias)
