@@ -110,8 +110,9 @@ def test_it_refuses_with_every_reason():
     assert f"products per output; got {2**31}" in reasons[1]
     for op in ("forward", "input_grad"):
         wide = Conv2dProblem(1, 2**31, 2, 2, 2**31, 1, 1, groups=2**31, op=op)
-        (reason,) = implicit_gemm.unsupported(wide, GPU)
-        assert f"output channels; got {2**31}" in reason
+        channels, blocks = implicit_gemm.unsupported(wide, GPU)
+        assert f"output channels; got {2**31}" in channels
+        assert f"a grid has up to {2**31 - 1} blocks; one image takes {2**31}" in blocks
 
 
 def test_it_runs_only_when_its_name_is_given(monkeypatch):

@@ -244,7 +244,7 @@ def test_long_positive_sums_of_3xtf32_keep_their_promise():
 
 QUICK = (
     "value or float32 or in_place or missing or nan_reaches or 33-5-7 or exact-float16 or 32x32x4 or exact-bfloat16 "
-    "or (gradient and (3-padded or integers or empty)) or are_put_beside or 3-10"
+    "or (gradient and (3-padded or integers or empty)) or are_put_beside or 3-10 or largest_grid"
 )
 
 

@@ -7,6 +7,7 @@ simulated.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import cases
 import numpy as np
@@ -25,6 +26,7 @@ import gpuconv
 from gpuconv import cutting, dispatch
 from gpuconv.backends.numba_cuda import channels_last, cost, implicit_gemm_mma, implicit_gemm_mma_run, launch
 from gpuconv.backends.numba_cuda import tensor_shape as shapes
+from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.backends.protocol import Target
 from gpuconv.problem import Conv2dProblem
 
@@ -377,6 +379,51 @@ def test_columns_are_put_beside_images():
         of_column = padded[..., r * step : r * step + width].transpose(0, 2, 3, 1)
         assert np.array_equal(copied[..., r * images : (r + 1) * images], of_column)
     assert not copied[..., columns * images :].any()
+
+
+class Far:
+    """A vector of which only the elements from ``first`` on exist."""
+
+    def __init__(self, first: int, found: np.ndarray) -> None:
+        self.first, self.found = first, found
+
+    def __setitem__(self, at, value) -> None:
+        assert at >= self.first
+        self.found[at - self.first] = value
+
+
+def test_the_last_block_of_the_largest_grid_has_its_own_place(monkeypatch):
+    """Of 2^31 - 1 blocks, whose pixels and elements no 32 bits count; and the block of the copy, one for each image."""
+    simulated_warp.only_the_last_block(monkeypatch)
+    rng = np.random.default_rng(3)
+    x, k = rng.integers(-3, 4, (2, 8)).astype(np.float16).view(np.uint16)
+    k = np.stack([k] * 8)
+    ends, pixels = launch.MAX_GRID_X, shapes.SMALL.pixels
+    forward = {"x_dtype": "float16", "k_dtype": "float16", "y_dtype": "float16"}
+    problem = Conv2dProblem(ends * pixels, 8, 1, 1, 8, 1, 1, **forward)
+    (cut,) = implicit_gemm_mma.plan(problem, Target("cuda", 0), 2**62).config["launches"]
+    cut = replace(cut, images=problem.N)  # as where x is read in place
+    y = np.full(pixels * 8 + 8, 7, np.float16)
+    first = (problem.N - pixels) * 8
+    views = (
+        Flat(x, 0, (0, 0, 1, 0, 0)),
+        Flat(k.reshape(-1), 0, (0, 8, 1, 0, 0)),
+        Flat(y, -first, (8, 8, 1, 8, 8)),
+    )
+    pack, multiply = implicit_gemm_mma_run.steps(cut, *views, np.zeros(8, np.float32), False, x, 0)
+    assert multiply.grid == ends
+    pack.run(0)
+    multiply.run(0)
+    wanted = x.view(np.float16).astype(float) @ k.view(np.float16).astype(float).T
+    assert (y[:-8].reshape(pixels, 8) == wanted).all() and (y[-8:] == 7).all()
+
+    copied = Far((ends - 1) * 8, np.full(8, 7, np.uint16))
+    problem = Conv2dProblem(ends, 8, 1, 1, 8, 1, 1, **forward)
+    (cut,) = implicit_gemm_mma.plan(problem, Target("cuda", 0), 2**62).config["launches"]
+    (turn,) = implicit_gemm_mma_run._turn(cut, views[0], copied, ends)
+    assert turn.grid == ends
+    turn.run(0)
+    assert (copied.found == x).all()
 
 
 def test_a_missing_wait_is_seen(monkeypatch):

@@ -19,9 +19,21 @@ from running import SIMULATED, SIMULATOR_MARKS
 if not SIMULATED:
     pytest.skip("runs in the simulator's own process", allow_module_level=True)
 
+import simulated_warp
+
 import gpuconv
 from gpuconv import dispatch
-from gpuconv.backends.numba_cuda import cost, gathers, implicit_gemm, implicit_gemm_run, launch, panels, tiles
+from gpuconv.backends.numba_cuda import (
+    cost,
+    direct,
+    gathers,
+    implicit_gemm,
+    implicit_gemm_run,
+    launch,
+    panels,
+    tiles,
+    uploads,
+)
 from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.backends.protocol import Target
 from gpuconv.problem import Conv2dProblem
@@ -41,6 +53,33 @@ def test_every_element_of_a_slice_is_loaded_once(dtype, tile):
         reader = maker(tile.pixels, tile.threads, tile.depth, dtype)
         found = {(reader.product(t, load), reader.pixel(t)) for t in range(tile.threads) for load in range(loads)}
         assert found == set(itertools.product(range(tile.depth), range(tile.pixels))), name
+
+
+@pytest.mark.parametrize("name", [NAME, "numba_cuda.direct"])
+def test_the_last_block_of_the_largest_grid_has_its_own_place(name, monkeypatch):
+    """Of 2^31 - 1 blocks, whose pixels and elements no 32 bits count."""
+    simulated_warp.only_the_last_block(monkeypatch)
+    x, k = np.random.default_rng(3).integers(-3, 4, (2, 8)).astype(np.float32)
+    k = np.stack([k] * 8)
+    pixels = tiles.SMALL.pixels if name == NAME else direct.FEW_OUTPUTS.pixels
+    problem = Conv2dProblem(launch.MAX_GRID_X * pixels, 8, 1, 1, 8, 1, 1)
+    y = np.full(pixels * 8 + 8, 7, np.float32)
+    first = (problem.N - pixels) * 8
+    x_view, k_view = Flat(x, 0, (0, 0, 1, 0, 0)), Flat(k.reshape(-1), 0, (0, 8, 1, 0, 0))
+    y_view, bias = Flat(y, -first, (8, 8, 1, 8, 8)), np.zeros(8, np.float32)
+    if name == NAME:
+        ways = [cost.Candidate(tiles.SMALL, 1, 0.0)]
+        (cut,) = implicit_gemm.plan(problem, Target("cuda", 0), 2**62, ways).config["launches"]
+        pack, multiply = implicit_gemm_run.steps(cut, x_view, k_view, y_view, bias, False, x, 0)
+        assert (cut.images, multiply.grid) == (problem.N, launch.MAX_GRID_X)
+        pack.run(0)
+        multiply.run(0)
+    else:
+        (part,), (tile,) = direct.plan(problem, Target("cuda", 0), 2**62).config.values()
+        assert tile is direct.FEW_OUTPUTS and direct.blocks(problem, tile, problem.N) == launch.MAX_GRID_X
+        tables = uploads.index_tables(problem, x, 0)
+        direct._launch(part, tile, 0, (x_view, k_view, y_view), bias, False, tables, bias)
+    assert (y[:-8].reshape(pixels, 8) == x @ k.T).all() and (y[-8:] == 7).all()
 
 
 @given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 5), st.integers(0, 30))

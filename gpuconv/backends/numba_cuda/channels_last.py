@@ -16,8 +16,8 @@ from numba import cuda  # a global of this module: the simulator replaces it the
 
 from gpuconv import dtypes
 from gpuconv.backends.numba_cuda import convert
+from gpuconv.backends.numba_cuda.tensor_shape import SIDE
 
-SIDE = 32
 ROWS = 4  # of the tile that a block copies at once
 THREADS = SIDE * ROWS
 

@@ -145,6 +145,13 @@ def counts(problem: Conv2dProblem, lowered: tuple[Part, ...]) -> tuple[tuple[str
     return ("products per output", problem.products), ("table entries", entries), ("output channels", channels)
 
 
+def blocks(problem: Conv2dProblem, tile: Any, images: int = 1) -> int:
+    """Tiles of the shape ``tile`` that make up so many images of a forward ``problem``'s result."""
+    tiles_p: int = -(-images * problem.OH * problem.OW // tile.pixels)
+    tiles_o: int = -(-(problem.O // problem.groups) // tile.outputs)
+    return tiles_p * tiles_o * problem.groups
+
+
 @lru_cache(maxsize=64)
 def kernel(
     tile: Tile, x_dtype: str, k_dtype: str, y_dtype: str, zero_points: bool, conjugate: str | None = None
@@ -219,9 +226,7 @@ def _launch(
     zero_points = bool(problem.x_zero_point) or problem.k_zero_point
     sum_dtype = dtypes.numpy_dtype(problem.sum_dtype)
     function = kernel(tile, problem.x_dtype, problem.k_dtype, problem.y_dtype, zero_points, part.conjugate)
-    tiles = -(-(problem.N * problem.OH * problem.OW) // tile.pixels)
-    tiles *= -(-(problem.O // problem.groups) // tile.outputs) * problem.groups
-    function[min(tiles, launch.MAX_GRID_X), tile.threads, stream](
+    function[min(blocks(problem, tile, problem.N), launch.MAX_GRID_X), tile.threads, stream](
         *x.arguments(),
         *k.arguments(),
         bias,

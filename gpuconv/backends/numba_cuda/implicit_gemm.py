@@ -49,7 +49,7 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     for what, count in direct.counts(problem, direct.parts(problem)):
         if count > _MOST:
             reasons.append(f"counts up to {_MOST} {what}; got {count}; use backend='numba_cuda.direct'")
-    return reasons
+    return reasons + launch.too_many(direct.blocks(part.problem, tiles.SMALL) for part in direct.parts(problem))
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ class Launch:
     def panel_size(self) -> int:
         """Elements of the packed weights of one part."""
         return self.part.problem.groups * self.part_slices * self.tile.depth * self.tiles_o * self.tile.outputs
+
+    def blocks(self, images: int, parts: int) -> int:
+        """Blocks that multiply so many images and parts at a time."""
+        return direct.blocks(self.part.problem, self.tile, images) * parts
 
     def plane(self, images: int) -> int:
         """Elements that a part leaves for one output channel: its pixels, rounded up to whole vectors."""
@@ -177,12 +181,17 @@ def _work(problem: Conv2dProblem, forward: Conv2dProblem) -> cost.Work:
 
 
 def _cut(whole: Launch, room: int) -> Launch:
-    """The launch within ``room`` elements; how many images and parts are under way at once depends on it."""
-    parts, most = whole.parts, min(whole.part.problem.N, _most_images(whole))
+    """The launch within ``room`` elements and a grid; how many images and parts are under way at once depends on it."""
+    parts, most = whole.parts, launch.MAX_GRID_X
     # All weights at once if there is room beside the partial sums of one image.
     packed = min(parts, (room - whole.partial_size(1)) // max(whole.panel_size, 1)) if whole.panel_size else parts
+    packed = min(packed, most // max(whole.blocks(1, 1), 1))
     left = room - packed * whole.panel_size
-    images = next(n for n in _halved(most) if n <= 1 or whole.partial_size(n) <= left)
+    images = next(
+        n
+        for n in _halved(whole.part.problem.N)
+        if n <= 1 or (whole.partial_size(n) <= left and whole.blocks(n, packed) <= most)
+    )
     return replace(whole, images=images, parts_packed=packed)
 
 
@@ -191,13 +200,6 @@ def _halved(most: int) -> Iterator[int]:
     while True:
         yield most
         most = max(1, most // 2)
-
-
-def _most_images(launched: Launch) -> int:
-    """Images whose tiles a grid can count, of 2^31 - 1 blocks."""
-    forward = launched.part.problem
-    tiles_p = launch.MAX_GRID_X // max(forward.groups * launched.parts * launched.tiles_o, 1)
-    return max(1, tiles_p * launched.tile.pixels // max(forward.OH * forward.OW, 1))
 
 
 def _told(launches: tuple[Launch, ...]) -> str:

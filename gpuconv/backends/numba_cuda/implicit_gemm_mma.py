@@ -31,7 +31,7 @@ from gpuconv.backends.numba_cuda import (
 from gpuconv.backends.numba_cuda.columns_together import Together
 from gpuconv.backends.numba_cuda.cost import Candidate
 from gpuconv.backends.numba_cuda.replay import Kept
-from gpuconv.backends.numba_cuda.tensor_shape import SLICE_BYTES, TALL, TensorTile
+from gpuconv.backends.numba_cuda.tensor_shape import SIDE, SLICE_BYTES, SMALL, TALL, TensorTile
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
@@ -80,6 +80,8 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     for what, count in direct.counts(problem, _parts(problem)):
         if count > _MOST // 32:  # a slice of up to 32 may hold a single channel
             reasons.append(f"counts up to {_MOST // 32} {what}; got {count}; use backend='numba_cuda.direct'")
+    forwards = [part.problem for part in _parts(problem)]
+    reasons += launch.too_many(max(direct.blocks(forward, SMALL), _turning_blocks(forward, 1)) for forward in forwards)
     capability = _capability(target.ordinal)
     if capability is not None and capability < (8, 0):
         had = ".".join(map(str, capability))
@@ -95,6 +97,17 @@ def _capability(ordinal: int | None) -> tuple[int, int] | None:
 
     major, minor = cuda.list_devices()[ordinal].compute_capability
     return int(major), int(minor)
+
+
+def _rounded(forward: Conv2dProblem) -> int:
+    """Input channels of a group, rounded up to whole copies of 16 bytes."""
+    lanes = 16 // dtypes.itemsize(forward.x_dtype)
+    return -(-(forward.C // forward.groups) // lanes) * lanes
+
+
+def _turning_blocks(forward: Conv2dProblem, images: int) -> int:
+    """Blocks that copy so many images with their channels side by side, each a square of channels and pixels."""
+    return images * forward.groups * -(-_rounded(forward) // SIDE) * -(-forward.H * forward.W // SIDE)
 
 
 @dataclass(frozen=True)
@@ -128,8 +141,15 @@ class Launch:
     @property
     def channels(self) -> int:
         """Channels of a group, rounded up to whole copies of 16 bytes."""
-        lanes = 16 // self.itemsize
-        return -(-(self.part.problem.C // self.part.problem.groups) // lanes) * lanes
+        return _rounded(self.part.problem)
+
+    def turning_blocks(self, images: int) -> int:
+        """Blocks that copy so many images with their channels side by side."""
+        return _turning_blocks(self.part.problem, images)
+
+    def blocks(self, images: int, parts: int) -> int:
+        """Blocks that multiply so many images and parts at a time."""
+        return direct.blocks(self.part.problem, self.tile, images) * parts
 
     @property
     def tiles_o(self) -> int:
@@ -254,13 +274,19 @@ def _work(problem: Conv2dProblem, forward: Conv2dProblem) -> cost.Work:
 
 
 def _cut(problem: Conv2dProblem, whole: Launch, room: int) -> Launch:
-    """The launch within ``room`` bytes; how many images and parts are under way at once depends on it."""
+    """The launch within ``room`` bytes and a grid; how many images and parts are under way at once depends on it."""
     parts, images, panel = whole.parts, whole.images, whole.panel_bytes
     # All images at once for a gradient, whose weights are packed anew for others; all weights at once otherwise.
     together = 1 if problem.op == "weight_grad" else parts
-    while images > 1 and whole.beside(images) + panel * together > room:
+
+    def fits(images: int) -> bool:
+        grid = max(whole.blocks(images, 1), whole.turning_blocks(images))
+        return whole.beside(images) + panel * together <= room and grid <= launch.MAX_GRID_X
+
+    while images > 1 and not fits(images):
         images //= 2
     packed = min(parts, (room - whole.beside(images)) // panel) if panel else parts
+    packed = min(packed, launch.MAX_GRID_X // max(whole.blocks(images, 1), 1))
     return replace(whole, images=images, parts_packed=packed)
 
 

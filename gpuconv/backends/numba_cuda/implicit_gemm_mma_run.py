@@ -127,8 +127,7 @@ def _in_place(cut: Launch, x: Flat) -> bool:
 def _turn(cut: Launch, x: Flat, copied: Any, images: int) -> list[Step]:
     """The launch that copies x with its channels side by side; none where there is nothing to copy."""
     problem = cut.part.problem
-    side, channels = channels_last.SIDE, cut.channels
-    grid = images * problem.groups * -(-channels // side) * -(-problem.H * problem.W // side)
+    channels, grid = cut.channels, cut.turning_blocks(images)
     sizes = (images, problem.C // problem.groups, problem.H, problem.W, problem.groups)
     together = cut.together
     places = (1, 0, 0, 0)
@@ -164,7 +163,7 @@ def _multiply(
 ) -> Step:
     """The sums of ``parts`` parts from ``part`` on, into y or what the parts leave."""
     problem, tile = cut.part.problem, cut.tile
-    grid = -(-images * problem.OH * problem.OW // tile.pixels) * cut.tiles_o * problem.groups * parts
+    grid = cut.blocks(images, parts)
     left = cut.parts > 1
     function = kernel(tile, cut.way, problem.x_dtype, "float32" if left else problem.y_dtype)
     narrow, wide = np.int32, np.int64

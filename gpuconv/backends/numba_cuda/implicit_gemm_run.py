@@ -151,8 +151,7 @@ def _multiply(
 ) -> Step:
     """The sums of ``parts`` parts from ``part`` on, into y."""
     problem, tile = cut.part.problem, cut.tile
-    pixels = images * problem.OH * problem.OW
-    grid = -(-pixels // tile.pixels) * cut.tiles_o * problem.groups * parts
+    grid = cut.blocks(images, parts)
     function = kernel(tile, problem.sum_dtype, gather_of(cut, x), scatter)
     n, group, channel, _, _ = x.strides
     arguments = (

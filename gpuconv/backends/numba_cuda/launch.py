@@ -277,6 +277,14 @@ def check_grid(blocks: int) -> None:
         raise ValueError(f"a launch of {blocks} blocks; a grid has from 1 to {MAX_GRID_X}")
 
 
+def too_many(blocks: Iterable[int]) -> list[str]:
+    """Why one image cannot be computed where every block computes one tile; nothing where it can."""
+    most = max(blocks, default=0)
+    if most <= MAX_GRID_X:
+        return []
+    return [f"a grid has up to {MAX_GRID_X} blocks; one image takes {most}; use backend='numba_cuda.direct'"]
+
+
 # Held by who has a warning of Numba's off, which is off for the whole process.
 _UNWARNED = threading.Lock()
 

@@ -18,6 +18,9 @@ STEP = 8  # words that one instruction takes
 # banks each, so that none is asked twice.
 PITCH = WORDS + 4
 
+# Pixels, and channels, that a block of ``channels_last`` turns round.
+SIDE = 32
+
 # The most that a block may ask for on any architecture from sm_80 on, which is that of sm_86 and sm_89.
 MOST_SHARED_BYTES = 99 * 1024
 
