@@ -276,20 +276,20 @@ def test_clear_keeps_nothing_and_the_next_call_is_right():
 
 
 CALLS = {
-    "numba_cuda.direct": ("float32", {"padding": 1}, 2),
-    PLAIN: ("float32", {"padding": 1}, 2),
-    TENSOR: ("float16", {"padding": 1, "layout": "NHWC"}, 3),  # also 16 bytes of padding
-    "numba_cuda.depthwise": ("float32", {"padding": 1, "padding_mode": "reflect", "groups": 8}, 1),
+    "numba_cuda.direct": ("float32", {"padding": 1}, 4),  # two zeros of 8 as well
+    PLAIN: ("float32", {"padding": 1}, 3),
+    TENSOR: ("float16", {"padding": 1, "layout": "NHWC"}, 4),  # also 16 bytes of padding
+    "numba_cuda.depthwise": ("float32", {"padding": 1, "padding_mode": "reflect", "groups": 8}, 2),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_plain_calls_upload_their_tables_once(name, monkeypatch):
-    """And keep them until ``clear``."""
+    """And the zero that stands for a bias; and keep them until ``clear``."""
     made: list[np.ndarray] = []
     upload = uploads._uploaded
     monkeypatch.setattr(uploads, "_uploaded", lambda like, values: (made.append(values), upload(like, values))[1])
-    monkeypatch.setattr(launch, "vector", of_no_values)
+    monkeypatch.setattr(launch, "vector", pytest.fail)
     dtype, options, count = CALLS[name]
     shape = (1, 2, 3, 8) if options.get("layout") == "NHWC" else (1, 8, 2, 3)
     rng = np.random.default_rng(0)
@@ -303,9 +303,3 @@ def test_plain_calls_upload_their_tables_once(name, monkeypatch):
     assert len(made) == count
     gpuconv.clear()
     assert not uploads.KEPT._found
-
-
-def of_no_values(like: Any, values: Any, dtype: Any, size: int = 1, on: Any = 0) -> Any:
-    """``launch.vector`` where there is nothing to upload: a missing bias."""
-    assert values is None
-    return np.zeros(size, dtype)

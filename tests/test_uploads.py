@@ -106,8 +106,8 @@ def test_what_is_kept_is_bounded(gpu, monkeypatch):
     asked = []
     monkeypatch.setattr(launch, "vector", lambda *given: asked.append(given) or "for this call")
     assert kept.get("on the GPU", "its stream", np.arange, uploads._LARGEST // 8 + 1) == "for this call"
-    ((_, _, _, size, on),) = asked
-    assert (size, on) == (uploads._LARGEST // 8 + 1, "its stream")
+    ((_, values, _, on),) = asked
+    assert (len(values), on) == (uploads._LARGEST // 8 + 1, "its stream")
     kept.cache_clear()
     assert (len(kept._found), kept._bytes) == (0, 0)
 

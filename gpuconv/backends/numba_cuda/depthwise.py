@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from gpuconv import dtypes
-from gpuconv.backends.numba_cuda import depthwise_shape, direct, launch
+from gpuconv.backends.numba_cuda import depthwise_shape, direct, launch, uploads
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
@@ -92,7 +92,7 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
         y = stack.enter_context(launch.output(out, stream))
         x = launch.flat(like, stream)
         k = launch.flat(operands.k, stream) if operands.packed is None else operands.packed
-        bias = launch.vector(like, operands.bias, dtypes.numpy_dtype(problem.sum_dtype), 1, stream)
+        bias = uploads.vector(like, operands.bias, dtypes.numpy_dtype(problem.sum_dtype), 1, stream)
         held = []  # until the stack unwinds: what was uploaded must outlive the kernels
         for part in plan.config["parts"]:
             of_x, of_k, of_y = direct.views(problem, part, x, k, y)

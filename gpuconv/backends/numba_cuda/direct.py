@@ -186,7 +186,7 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
         y = stack.enter_context(launch.output(out, stream))
 
         def vector(values: Any, dtype: Any, size: int = 1) -> Any:
-            return launch.vector(like, values, dtype, size, stream)
+            return uploads.vector(like, values, dtype, size, stream)
 
         x = launch.flat(operands.x, stream)
         k = launch.flat(operands.k, stream) if operands.packed is None else operands.packed

@@ -210,14 +210,13 @@ class _Span:
         }
 
 
-def vector(like: Any, values: Any | None, dtype: np.dtype[Any], size: int = 1, on: Any = 0) -> Any:
-    """A small contiguous vector on the device that holds ``like``; ``size`` zeros when there are no values."""
+def vector(like: Any, values: Any, dtype: np.dtype[Any], on: Any = 0) -> Any:
+    """A small contiguous vector on the device that holds ``like``."""
     if not resident(like):
-        return _uploaded(np.zeros(size, dtype) if values is None else np.ascontiguousarray(values, dtype), on)
+        return _uploaded(np.ascontiguousarray(values, dtype), on)
     import cupy
 
-    array = cupy.zeros(size, dtype) if values is None else cupy.ascontiguousarray(cupy.asarray(values), dtype)
-    return flat(array).vector
+    return flat(cupy.ascontiguousarray(cupy.asarray(values), dtype)).vector
 
 
 def scratch(like: Any, dtype: np.dtype[Any], size: int) -> Any:

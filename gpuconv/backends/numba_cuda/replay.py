@@ -23,7 +23,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from gpuconv import arrays, dtypes, marks
-from gpuconv.backends.numba_cuda import convert, direct, launch, ptx
+from gpuconv.backends.numba_cuda import convert, direct, launch, ptx, uploads
 from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.backends.protocol import Operands, Plan
 
@@ -268,7 +268,7 @@ def _call(plan: Plan, operands: Operands, y: Flat, stream: Any, steps: Steps) ->
     like, kept = operands.x, operands.packed
     x = launch.flat(like, stream)
     k: Any = launch.flat(operands.k, stream) if kept is None else kept.weights
-    bias = launch.vector(like, operands.bias, dtypes.numpy_dtype(plan.sums_in), 1, stream)
+    bias = uploads.vector(like, operands.bias, dtypes.numpy_dtype(plan.sums_in), 1, stream)
     has_bias = operands.bias is not None
     made: list[Step] = []
     for number, cut in enumerate(plan.config["launches"]):

@@ -44,7 +44,7 @@ class Uploads:
                 return found[0]
         values = make(*arguments)
         if not 0 < values.nbytes <= _LARGEST:
-            return launch.vector(like, values, values.dtype, len(values), on)
+            return launch.vector(like, values, values.dtype, on)
         vector = _uploaded(like, values)
         with self._lock:
             if place not in self._found:  # where no other thread was faster
@@ -87,6 +87,15 @@ def _uploaded(like: Any, values: np.ndarray[Any, Any]) -> Any:
     vector.copy_to_device(np.ascontiguousarray(values), stream=stream)
     stream.synchronize()
     return vector
+
+
+def vector(like: Any, values: Any | None, dtype: np.dtype[Any], size: int, on: Any) -> Any:
+    """What a call was given, on the device that holds ``like``; of what it was not, ``size`` zeros, which are kept: a
+    call has no memory to get and to fill for them, and a graph that it is captured in none that others may get.
+    """
+    if values is None:
+        return KEPT.get(like, on, np.zeros, size, dtype)
+    return launch.vector(like, values, dtype, on)
 
 
 def axis_key(problem: Conv2dProblem, axis: int) -> tuple[Any, ...]:
