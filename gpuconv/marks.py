@@ -78,7 +78,8 @@ def settle(ordinals: Iterable[int]) -> None:
     import cupy
 
     for ordinal in ordinals:
-        with relaxed(), cupy.cuda.Device(ordinal) as device:
+        device = cupy.cuda.Device(ordinal)
+        with relaxed(), device:
             device.synchronize()
 
 
