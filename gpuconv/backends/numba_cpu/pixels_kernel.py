@@ -268,11 +268,14 @@ def _transposed(e: Emitter, to: Value, source: Value, places: Value, ld: Value, 
         return e.at(to, builder.mul(builder.load(e.at(places, k, u)), width))
 
     def square(k: Value) -> None:
-        lines = [place(k, u) for u in range(n)] if squares > 1 else []
+        columns = []
         for first in range(0, n * squares, n):
-            rows = [e.load(e.at(source, e.times(ld, first + i), k)) for i in range(n)]
-            for u, column in enumerate(e.transposed(rows)):
-                e.store(column, e.at(lines[u], first) if lines else place(k, u))
+            columns.append(e.transposed([e.load(e.at(source, e.times(ld, first + i), k)) for i in range(n)]))
+        # What fills a cache line is written at once: the lines of taps often share few places of a cache.
+        for u in range(n):
+            line = place(k, u)
+            for j in range(squares):
+                e.store(columns[j][u], e.at(line, j * n))
 
     def part(k: Value) -> None:
         left = builder.sub(count, k)
