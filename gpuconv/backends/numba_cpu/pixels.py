@@ -182,7 +182,8 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         if way == TAPS:
             held = images * problem.H * problem.W * pixel
             return images * plane, problem.W * pixel, held, images * plane * summed
-        return wide, pixel, wide * pixel, wide * summed
+        # Short rows may be copied with some pixels more than they have.
+        return wide, pixel, (wide + (lanes.count - 1) * finer) * pixel, wide * summed
 
     def per_thread(*unit: int) -> int:
         count, _, inputs, sums = sizes(*unit)

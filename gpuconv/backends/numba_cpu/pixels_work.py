@@ -10,7 +10,7 @@ from gpuconv.backends.numba_cpu.copies import rows
 from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.pixels_kernel import PIXELS, packing_of, put, tile, zeros
 from gpuconv.backends.numba_cpu.runtime import take
-from gpuconv.backends.numba_cpu.turns import BUFFER, turns
+from gpuconv.backends.numba_cpu.turns import BUFFER, overlapping, turns
 from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes, get
 
 IN_PLACE, STRIPS, TAPS = range(3)
@@ -193,6 +193,8 @@ def _lister(lanes: Lanes, stored: str) -> Any:
     copy = _copier(lanes, stored)
     read, _, _ = rows(lanes, stored)
     gather, _ = turns(lanes, stored)
+    # Squares are made of every second pixel as it lies.
+    square, even = lanes.count, overlapping(lanes) and stored == lanes.dtype
 
     @compiled
     def listed(arguments, unit, g, px, py, targets, counts, lists, copied, pitch_y, buffer):
@@ -204,6 +206,8 @@ def _lister(lanes: Lanes, stored: str) -> Any:
         syn, syh, syw, pixel = get(arguments, SYN), get(arguments, SYH), get(arguments, SYW), get(arguments, PIXEL)
         image = get(arguments, X) + g * get(arguments, SXG)
         x = copied if copy_x else image
+        most = get(arguments, INPUTS) // pixel  # that the copy has room for
+        wider = even and across == 2 and sxw == size and sxh == W_ * size
         high, wide = get(arguments, HIGH), get(arguments, WIDE)
         # The first pixel and how many; columns [j0, j1); bytes from x to the first pixel's, and from pixel to pixel.
         if way == IN_PLACE:
@@ -255,6 +259,11 @@ def _lister(lanes: Lanes, stored: str) -> Any:
                         length += (OH_ - 1 - i) * OW_
                     length = min(length, count - q)
                     ready = q + length
+                    # Every second pixel of a short row: what is read beyond, which is in the plane and will be written
+                    # over, makes a whole square of it; to leave out lanes takes many times as long.
+                    if wider and length < square and q + square <= most:
+                        if (i * down - top) * W_ + j * across - left + 2 * square <= H_ * W_:
+                            length = square
                     if get(arguments, SXC) == stored_size:
                         for u in range(length):
                             read(copied + size * (q + u) * pixel, image + source + u * to_j, C_, stored_size)
