@@ -243,3 +243,13 @@ def test_small_images_are_shared_out_over_the_threads(N, plane, threads, pixels_
     )
     plan = pixels.plan(problem, protocol.Target("cpu", threads=threads), 1 << 28)
     assert f"tap by tap, {pixels_at_once} pixels at a time" in plan.detail
+
+
+def test_threads_have_as_many_strips(monkeypatch):
+    """Seven strips of four rows would leave one of two threads idle for an eighth of the time."""
+    monkeypatch.setattr(runtime, "l2_bytes", lambda: 1 << 19)
+    problem = problems.Conv2dProblem.of(
+        (1, 128, 56, 56), (128, 128, 3, 3), x_dtype="float32", k_dtype="float32", padding=1, stride=2
+    )
+    plan = pixels.plan(problem, protocol.Target("cpu", threads=2, vector_bits=256), 1 << 28)
+    assert f"strips, {2 * 28} pixels at a time" in plan.detail

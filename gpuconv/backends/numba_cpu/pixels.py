@@ -58,6 +58,7 @@ _LEAST_OUTPUTS = 8  # per group
 _WINDOW = 1 << 22  # elements of a window that is copied
 _PLANE = 1024  # pixels of an image that is gone through tap by tap
 _TASKS, _FEWEST = 4, 192  # units for a thread where work is shared out finely, and pixels that are worth a strip
+_COPY = 24  # products that take as long as to copy a number
 _ALONE = 1 << 19  # products below which starting threads costs more than it gives
 
 
@@ -256,7 +257,31 @@ def _strip(
         strips = max(strips, min(_TASKS * threads // max(problem.N, 1), problem.OH * problem.OW // _FEWEST))
     if problem.N * problem.groups % threads:
         strips = -(-strips // threads) * threads
-    return max(1, -(-problem.OH // max(strips, 1))), max(wide, 1)
+    high, wide = max(1, -(-problem.OH // max(strips, 1))), max(wide, 1)
+    if finer and wide >= problem.OW:  # fewer rows, if all threads have as many then
+        high = min(range(high, high // 3, -1), key=lambda h: _longest(problem, h, threads))
+    return high, wide
+
+
+def _longest(problem: Conv2dProblem, high: int, threads: int) -> int:
+    """How much the thread that ends last has to do, in products, for strips of ``high`` rows of outputs."""
+
+    def work(rows: int) -> int:
+        spans = [
+            (count - 1) * stride + window(k, dilation)
+            for count, stride, k, dilation in zip(
+                (rows, problem.OW), problem.stride, (problem.KH, problem.KW), problem.dilation, strict=True
+            )
+        ]
+        products = problem.O // problem.groups * problem.KH * problem.KW
+        return rows * problem.OW * products + _COPY * spans[0] * spans[1]
+
+    images, (whole, rest) = problem.N * problem.groups, divmod(problem.OH, high)
+    total = -(-images * whole // threads) * work(high)
+    if rest:  # what is left of each image, on the threads that are free first
+        idle = -images * whole % threads
+        total += -(-max(images - idle, 0) // threads) * work(rest)
+    return total
 
 
 def kernel_name(plan: Plan) -> str:
