@@ -43,6 +43,7 @@ X, WEIGHTS, Y, SCRATCH, FINISH, OFFSETS = range(runtime.ARRAYS)
 _WEIGHTS = 1 << 20
 # Weights that every thread packs for itself, at most: to pack them together takes a start of all threads more.
 _OWN = 1 << 16
+_TASKS = 16  # for a thread
 
 
 def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
@@ -72,14 +73,17 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     pixels = problem.OH * problem.OW
     kc = dense.channels_at_once(problem)
     padded = -(-outputs // MR) * MR
-    ob, at_once = padded, pixels
-    if problem.N * groups % threads:
+    ob, at_once, images = padded, pixels, problem.N * groups
+    # Without AVX-512 in small tasks, so that a core that is slowed down holds nobody up; not measured with it.
+    parts = threads if images % threads else 1
+    if lanes.bits < 512 and images:
+        parts = max(parts, _TASKS * threads // images)
+    if images % threads and padded and padded % (MR * threads) == 0 and pixels < 400:
         # One image is split over its outputs where the weights are larger than the pixels.
-        if padded and padded % (MR * threads) == 0 and pixels < 400:
-            ob = padded // threads
-        else:
-            share = -(-pixels // threads)
-            at_once = -(-share // width) * width
+        ob = padded // threads
+    elif parts > 1:
+        share = -(-pixels // parts)
+        at_once = -(-share // width) * width
     ob = schedule.halved(ob // MR, lambda panels: panels * MR * kc * lanes.size <= _WEIGHTS) * MR
     if problem.result_size * problem.products < strip.ALONE:
         threads = 1
