@@ -202,3 +202,13 @@ def test_kernels_from_two_processes_are_not_taken_for_one_another(tmp_path):
     """Each compiles one kernel as its first, so that Numba gives both the same name; a third process uses both."""
     for rows in ("(1,)", "(2,)", "(1, 2)", "(2, 1)"):
         calls.child(ONE_KERNEL.replace("ROWS", rows), GPUCONV_CACHE_DIR=str(tmp_path / "kernels"))
+
+
+@pytest.mark.parametrize(("N", "bits", "tasks"), [(1, 256, 27), (32, 256, 32), (1, 512, 2)])
+def test_tasks_of_1x1_are_small_where_a_core_may_be_slow(N, bits, tasks):
+    """Many for each thread, of whole panels of pixels; a batch has enough as it is."""
+    problem = Conv2dProblem.of((N, 64, 56, 56), (64, 64, 1, 1), x_dtype="float32", k_dtype="float32")
+    plan = pointwise.plan(problem, Target("cpu", threads=2, vector_bits=bits), 1 << 28)
+    at_once = plan.config["at_once"]
+    assert N * -(-56 * 56 // at_once) == tasks
+    assert at_once % (24 if bits == 256 else 48) == 0 or at_once == 56 * 56
