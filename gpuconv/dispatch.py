@@ -34,6 +34,7 @@ TABLE = (
     "numba_cpu.complex",
     "numba_cpu.separable",
     "numba_cpu.winograd",
+    "numba_cpu.spread",
     "numba_cpu.planes",
     "numba_cpu.lanes",
     "numba_cpu.rows",
@@ -138,6 +139,7 @@ def implementation(name: str) -> Implementation:
         if library_of(name) != "numba_cpu" or error.name not in ("numba", "llvmlite"):
             raise
         ops = {"weight_grad"} if ".weight_" in name else {"forward", "input_grad"}
+        ops -= {"forward"} if name == "numba_cpu.spread" else set()
         ops |= {"weight_grad"} if name == "numba_cpu.complex" else set()
         return Absent(name, f"Numba is not installed ({error.name} is missing); pip install numba", frozenset(ops))
     return module  # type: ignore[no-any-return]

@@ -46,6 +46,11 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
             "3×3 at less than the highest precision: fewer multiplications",
         ),
         (
+            "numba_cpu.spread",
+            first and not forward and channels == 1 and problem.stride[1] == 2,
+            "the gradient of a stride of 2: even and odd columns together",
+        ),
+        (
             "numba_cpu.lanes",
             first and depthwise and problem.groups >= 16 and _narrow(problem, columns),
             "depthwise on small planes: channels in the lanes of a register",

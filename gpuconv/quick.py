@@ -175,7 +175,7 @@ def of_request(
         return None
     out = request.view(problem, 2, np.empty(asked.shape, dtype) if out is None else out)
     packed = None
-    if problem.op == "input_grad":
+    if "parts" in choice.plan.config:
         phased = _Phases(implementation, choice.plan, x, k, out)
         return Ready(phased, asked.shape, dtype, None, _runtime().thread_count())
     if keeper is not None:

@@ -197,6 +197,7 @@ BUDGETS: dict[str, dict[str, tuple[Any, ...]]] = {
                "_CACHED": tuple(dict.fromkeys((512, 256, 128), (size, size)) for size in (0, 1 << 30))},
     "rows": {"_IN_PLACE": (1, 20), "_WINDOW": (1, 9000)},
     "planes": {"_LINE": (1, 400), "_STREAM": (0,), "_APART": (1, 1000), "ALONE": (0,)},
+    "spread": {"_LINES": (1, 400), "ALONE": (0,)},
     "merged": {"_PIXELS": (70,)},
     "pointwise": {"_WEIGHTS": (1, 2000)},
     "separable": {"_WINDOW": (1, 9000), "_HIGH": (4, 8), "_WIDE": (20, 90)},
@@ -234,6 +235,9 @@ def sizes(rng: random.Random, name: str) -> dict[str, Any]:
     if kind in one_channel or (kind == "weight_planes" and rng.random() < 0.5):
         groups, C = C if C else 3, 1
         O = 1 if kind in ("channels", "lanes") else rng.choice((1, 1, 2, 3))
+    if kind == "spread":
+        groups, C, O = C or 3, rng.choice((1, 1, 2, 3)), 1
+        stride, dilation = (stride[0], 2), (dilation[0], rng.choice((1, 1, 3)))
     H, W = rng.choice(EXTENTS), rng.choice(EXTENTS + WIDE)
     if rng.random() < 0.1:
         H, W = W, H
@@ -264,7 +268,7 @@ def problem_of(rng: random.Random, name: str, kinds: Sequence[str]) -> Conv2dPro
     layout = "NHWC" if rng.random() < last.get(name.rpartition(".")[2], 0.2) else "NCHW"
     weights = ".weight_" in name or (name.endswith("complex") and rng.random() < 0.2)
     rectified = not weights and not name.endswith("complex") and rng.random() < 0.3
-    forward = not weights and (name.endswith("separable") or rng.random() < 0.75)
+    forward = not weights and (name.endswith("separable") or rng.random() < 0.75) and not name.endswith("spread")
     mode = rng.choice(("constant", "constant", "constant", "reflect", "symmetric", "edge", "wrap"))
     if not forward or name.endswith(("channels", "pixels", "lanes", "winograd")):
         mode = "constant"

@@ -67,6 +67,8 @@ def worst_small(run: units.Run, call: str, dtype: str) -> float:
 def test_scoreboard(name):
     if simulated(name):
         pytest.skip("sums of thousands of products are too much for the CUDA simulator")
+    if name == "numba_cpu.spread":
+        pytest.skip("it sums over the taps of one channel: no sum is long")
     ops = dispatch.implementation(name).OPS
     lines = [f"\n{name:<18} {'dtype':<9} {'A small':>8} {'A long':>9} {'B normal':>9} {'B positive':>10}"]
     floats = [dtype for dtype in cases.FLOATS if not is_costly(name, dtype)]
