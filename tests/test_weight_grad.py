@@ -53,6 +53,8 @@ PLANES = [
     of("few_outputs", (2, 7, 6, 8), (3, 7, 3, 3), padding=1),
     of("one_by_one", (3, 2, 5, 6), (2, 2, 1, 1)),
     of("tall", (1, 2, 300, 18), (2, 1, 2, 2), groups=2),
+    of("short_rows_strided", (2, 5, 13, 14), (5, 1, 3, 3), padding=1, groups=5, stride=2),
+    of("strips_strided", (1, 1, 150, 131), (1, 1, 3, 3), padding=(2, 1), stride=2),
     of("wide", (1, 1, 2, 5000), (1, 1, 1, 3), padding=(0, 1)),
 ]
 # Two and three vectors of output channels are another kernel each, which takes seconds to compile.

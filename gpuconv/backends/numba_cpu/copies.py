@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gpuconv.backends.numba_cpu.parts import compiled
+from gpuconv.backends.numba_cpu.planes_kernel import inside, mask_of
 from gpuconv.backends.numba_cpu.vectors import I64, INTEGERS, SIZE, Emitter, Lanes, Value, routine, scalar
 
 # Of ``routine``: what kind of memory.
@@ -79,6 +80,46 @@ def woven(lanes: Lanes) -> Any:
                 store(to + i * step + part, load(imaginary + i * size))
 
     return write
+
+
+@functools.lru_cache(maxsize=64)
+def lines(lanes: Lanes, step: int) -> Any:
+    """A function of (to, source, count, columns, pitch, line): ``count`` lines of ``columns`` elements, every one or
+    every second of those at ``source``, ``pitch`` and ``line`` elements from line to line.
+
+    A line of fewer elements than a vector has lanes is one vector, with zeros behind its end: lines that begin there
+    are to be copied after it.
+    """
+
+    def emit(e: Emitter, to: Value, source: Value, count: Value, columns: Value, pitch: Value, line: Value) -> None:
+        builder, n = e.builder, e.lanes.count
+        spanned = columns if step == 1 else builder.sub(builder.mul(columns, I64(2)), I64(1))
+        there = [inside(e, I64(part * n), spanned) for part in range(step)]
+
+        def each(i: Value) -> None:
+            here, target = e.at(source, e.times(line, i)), e.at(to, e.times(pitch, i))
+
+            def vector(j: Value) -> None:
+                value = e.load(e.at(here, j)) if step == 1 else e.load_even(e.at(here, builder.mul(j, I64(2))))
+                e.store(value, e.at(target, j))
+
+            j = e.loop(0, columns, n, vector)
+            with builder.if_then(builder.icmp_signed("<", j, columns)):
+                vector(builder.sub(columns, I64(n)))
+
+        def short(i: Value) -> None:
+            here = e.at(source, e.times(line, i))
+            parts = [e.masked_load(e.at(here, part * n), mask_of(e, mask)) for part, mask in enumerate(there)]
+            value = parts[0] if step == 1 else e.shuffle(parts[0], parts[1], range(0, 2 * n, 2))
+            e.store(value, e.at(to, e.times(pitch, i)))
+
+        with builder.if_else(builder.icmp_signed(">=", columns, I64(n))) as (long, cut):
+            with long:
+                e.loop(0, count, 1, each)
+            with cut:
+                e.loop(0, count, 1, short)
+
+    return routine(f"lines{step}_{lanes}", lanes, "eeiiii", emit)
 
 
 def _weave(e: Emitter, to: Value, real: Value, imaginary: Value, count: Value) -> None:

@@ -71,12 +71,12 @@ def band(
         masks = None
         if kind == ANYWHERE:
             here = builder.add(at, moved)
-            masks = [_inside(e, builder.add(here, I64(i * n)), W) for i in range(vectors * across)]
+            masks = [inside(e, builder.add(here, I64(i * n)), W) for i in range(vectors * across)]
 
         def pixels(l: int) -> list[Value]:
             place = e.at(x, moved, e.times(line, l))
             read = [
-                e.load(e.at(place, i * n)) if masks is None else e.masked_load(e.at(place, i * n), _mask(e, masks[i]))
+                e.load(e.at(place, i * n)) if masks is None else e.masked_load(e.at(place, i * n), mask_of(e, masks[i]))
                 for i in range(vectors * across)
             ]
             if across == 1:
@@ -158,9 +158,9 @@ def band(
     return routine(name, lanes, "ieieieiei" + 13 * "i" + "e", emit)
 
 
-def _inside(e: Emitter, column: Value, W: Value) -> Value:
+def inside(e: Emitter, column: Value, W: Value) -> Value:
     """Those lanes of a vector from ``column`` on, which may be negative, that are among the ``W`` columns: what
-    ``_mask`` makes a mask of.
+    ``mask_of`` makes a mask of.
     """
     builder, n = e.builder, e.lanes.count
 
@@ -191,7 +191,7 @@ def _inside(e: Emitter, column: Value, W: Value) -> Value:
     return builder.and_(cut(builder.sub(I64(n), first)), cut(builder.sub(I64(2 * n), end)))
 
 
-def _mask(e: Emitter, inside: Value) -> Value:
+def mask_of(e: Emitter, inside: Value) -> Value:
     """A mask for the block it is used in: LLVM carries those of a bit per lane from block to block at a cost."""
     if e.lanes.bits == 512:
         return inside

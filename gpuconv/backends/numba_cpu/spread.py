@@ -18,7 +18,7 @@ import numpy as np
 
 from gpuconv import schedule
 from gpuconv.backends.numba_cpu import dense, runtime
-from gpuconv.backends.numba_cpu.copies import compiled, rows
+from gpuconv.backends.numba_cpu.copies import compiled, lines, rows
 from gpuconv.backends.numba_cpu.microkernel import BLOCK
 from gpuconv.backends.numba_cpu.strip import ALONE
 from gpuconv.backends.numba_cpu.vectors import I64, Emitter, Lanes, Value, get, routine
@@ -246,35 +246,6 @@ class Bound:
 
 
 @functools.lru_cache(maxsize=64)
-def padded(lanes: Lanes) -> Any:
-    """A function of (to, source, lines, columns, pitch, line): lines of a plane, into a copy with room for as many
-    zeros as a vector has lanes after each of them, which a line of fewer gets.
-    """
-
-    def emit(e: Emitter, to: Value, source: Value, lines: Value, columns: Value, pitch: Value, line: Value) -> None:
-        builder, n = e.builder, e.lanes.count
-
-        def each(i: Value) -> None:
-            here, there = e.at(source, e.times(line, i)), e.at(to, e.times(pitch, i))
-            j = e.loop(0, columns, n, lambda j: e.store(e.load(e.at(here, j)), e.at(there, j)))
-            with builder.if_then(builder.icmp_signed("<", j, columns)):
-                last = builder.sub(columns, I64(n))
-                e.store(e.load(e.at(here, last)), e.at(there, last))
-
-        def short(i: Value) -> None:
-            value = e.masked_load(e.at(source, e.times(line, i)), e.mask(columns))
-            e.store(value, e.at(to, e.times(pitch, i)))
-
-        with builder.if_else(builder.icmp_signed(">=", columns, I64(n))) as (long, cut):
-            with long:
-                e.loop(0, lines, 1, each)
-            with cut:
-                e.loop(0, lines, 1, short)
-
-    return routine(f"spread_padded_{lanes}", lanes, "eeiiii", emit)
-
-
-@functools.lru_cache(maxsize=64)
 def woven(lanes: Lanes, rows_: int) -> Any:
     """The micro-kernel: a function of (x, k, even, even taps, odd, odd taps, pitch, y, ldy, high, W, tile, finish,
     bias, floor) that makes the first ``high`` of ``rows_`` rows of W results.
@@ -358,16 +329,16 @@ def woven(lanes: Lanes, rows_: int) -> Any:
 
 def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
     size, n = lanes.size, lanes.count
-    copy, many, some = padded(lanes), woven(lanes, _HIGH), woven(lanes, _LOW)
+    copy, many, some = lines(lanes, 1), woven(lanes, _HIGH), woven(lanes, _LOW)
     read, _, fill = rows(lanes, x_dtype)
     _, write, _ = rows(lanes, y_dtype)
 
     @compiled
     def enter(arguments, to, source, first):
         """The lines from ``first`` on that a strip reads, into the copy; ``source`` is a plane."""
-        lines, pitch, line = get(arguments, LINES), get(arguments, PITCH), get(arguments, SXH)
-        begin = min(max(-first, 0), lines)
-        end = max(min(get(arguments, LINES_IN) - first, lines), begin)
+        high, pitch, line = get(arguments, LINES), get(arguments, PITCH), get(arguments, SXH)
+        begin = min(max(-first, 0), high)
+        end = max(min(get(arguments, LINES_IN) - first, high), begin)
         left = max(get(arguments, FIRST_COLUMN), 0)
         at = left - get(arguments, FIRST_COLUMN)
         count = min(get(arguments, COLUMNS_IN) - left, pitch - at)
@@ -379,10 +350,10 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
             else:
                 for i in range(end - begin):
                     read(to + size * ((begin + i) * pitch + at), source + i * line, count, get(arguments, SXW))
-        fill(to + size * end * pitch, get(arguments, FILL), (lines - end) * pitch)
+        fill(to + size * end * pitch, get(arguments, FILL), (high - end) * pitch)
 
     @compiled
-    def phase(arguments, entries, lines, k, target, m0, tile, bias):
+    def phase(arguments, entries, dy, k, target, m0, tile, bias):
         """The rows of one phase of rows in a strip, of one plane of the result."""
         step, row = get(arguments, STRIDE) * get(arguments, SYH), get(arguments, ROW)
         end = min(get(entries, _COUNT) - m0, get(arguments, HIGH))
@@ -393,7 +364,7 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
             if direct:
                 y, ldy = to, step // size
             given = (
-                lines + size * i * get(arguments, PITCH), k, get(entries, _EVEN), get(entries, _EVEN_TAPS),
+                dy + size * i * get(arguments, PITCH), k, get(entries, _EVEN), get(entries, _EVEN_TAPS),
                 get(entries, _ODD), get(entries, _ODD_TAPS), get(arguments, PITCH), y, ldy, high, get(arguments, W),
                 tile, get(arguments, FINISHED), bias, get(arguments, FINISH) + size,
             )  # fmt: skip
