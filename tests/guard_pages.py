@@ -234,7 +234,7 @@ def sizes(rng: random.Random, name: str) -> dict[str, Any]:
     one_channel = ("channels", "interleaved", "lanes", "planes", "rows", "separable")
     if kind in one_channel or (kind == "weight_planes" and rng.random() < 0.5):
         groups, C = C if C else 3, 1
-        O = 1 if kind in ("channels", "lanes") else rng.choice((1, 1, 2, 3))
+        O = 1 if kind in ("channels", "interleaved", "lanes") else rng.choice((1, 1, 2, 3))
     if kind == "spread":
         groups, C, O = C or 3, rng.choice((1, 1, 2, 3)), 1
         stride, dilation = (stride[0], 2), (dilation[0], rng.choice((1, 1, 3)))

@@ -53,10 +53,9 @@ def test_every_number_of_channels(channels):
     ids=str,
 )
 def test_every_border(options):
-    for many in (1, 2):
-        x, k = numbers((1, 9, 30, 3)), numbers((3 * many, 1, 3, 3), seed=1)
-        y, wanted = both(x, k, **options)
-        assert np.array_equal(y, wanted), many
+    x, k = numbers((1, 9, 30, 3)), numbers((3, 1, 3, 3), seed=1)
+    y, wanted = both(x, k, **options)
+    assert np.array_equal(y, wanted)
 
 
 def test_steps_of_two_rows():
@@ -81,11 +80,11 @@ def test_a_photograph():
 
 
 def test_a_result_in_memory_of_any_form():
-    x, k = numbers((2, 9, 11, 3)), numbers((6, 1, 3, 3), seed=1)
+    x, k = numbers((2, 9, 11, 3)), numbers((3, 1, 3, 3), seed=1)
     options = {"groups": 3, "layout": "NHWC", "padding": 1}
     wanted = gpuconv.conv2d(x, k, **options, backend="numpy.reference")
-    for room in (np.full((2, 9, 11, 7), np.nan, np.float32), np.full((2, 6, 9, 22), np.nan, np.float32)):
-        out = room[..., :6] if room.shape[-1] == 7 else room.transpose(0, 2, 3, 1)[:, :, ::2]
+    for room in (np.full((2, 9, 11, 4), np.nan, np.float32), np.full((2, 3, 9, 22), np.nan, np.float32)):
+        out = room[..., :3] if room.shape[-1] == 4 else room.transpose(0, 2, 3, 1)[:, :, ::2]
         gpuconv.conv2d(x, k, **options, backend=NAME, out=out)
         assert np.array_equal(out, wanted)
         assert np.isnan(room).sum() == room.size - out.size
@@ -146,5 +145,5 @@ def test_what_it_refuses():
     assert "dilation" in reasons(x, k, dilation=2)
     assert "kernel rows" in reasons(x, (3, 1, 9, 3))
     assert "channels" in reasons((1, 30, 30, 96), (96, 1, 3, 3), groups=96)
-    assert "per group" in reasons((1, 30, 30, 6), (3, 2, 3, 3))
+    assert "per group" in reasons((1, 30, 30, 6), (3, 2, 3, 3)) and "per group" in reasons(x, (6, 1, 3, 3))
     assert "pixels" in reasons((1, 1, 9000, 3), (3, 1, 1, 2), dilation=(1, 8000))

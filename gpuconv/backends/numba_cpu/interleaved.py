@@ -1,6 +1,6 @@
 """Depthwise convolution of images whose few channels lie side by side (NHWC): a photograph, filtered colour by colour.
 
-    y[n,i,j,c·M+m] = b[c·M+m] + Σ_pq x[n, i·s+p-pad, j+q·d-pad, c] · k[c·M+m,p,q]
+    y[n,i,j,c] = b[c] + Σ_pq x[n, i·s+p-pad, j+q·d-pad, c] · k[c,p,q]
 
 A row of pixels is one long row of numbers, and a tap is as many numbers further as a pixel has, times q·d. So this is
 the convolution of one plane, whose weights change from column to column and come again after the channels: a vector
@@ -25,7 +25,7 @@ from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.planes_kernel import ANYWHERE, INSIDE, band
 from gpuconv.backends.numba_cpu.runtime import take
 from gpuconv.backends.numba_cpu.strip import ALONE
-from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes, get, scalar
+from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes, get
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.problem import Conv2dProblem
 
@@ -50,22 +50,21 @@ _LINE = 32 << 10
 X, WEIGHTS, Y, SCRATCH, FINISH, FILL = range(runtime.ARRAYS)
 (
     SXN, SXC, SXH, SXW, SYN, SYC, SYH, SYW,  # steps in bytes
-    N, C, M, OH, OW, KW, STEP, KINDS,  # M results of each channel; KINDS of vectors, by their weights
+    N, C, OH, OW, KW, STEP, KINDS,  # KINDS of vectors, by their weights
     WIDE, PITCH, PER_THREAD,  # pixels of a block, and elements of a line that it reads
     LINE_SOURCE, SOURCE, INSIDE_FIRST, INSIDE_LAST, LEFT,  # which row and pixel of x stands at each place, -1 for none
     NEAR_X, NEAR_Y, FINISHED,
-) = range(runtime.ARRAYS, runtime.ARRAYS + 27)  # fmt: skip
+) = range(runtime.ARRAYS, runtime.ARRAYS + 26)  # fmt: skip
 
 
 def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     """Why it cannot run ``problem``."""
     reasons = dense.unsupported(problem, target)
-    inputs, outputs = (problem.O, problem.C) if problem.op == "input_grad" else (problem.C, problem.O)
     if problem.layout != "NHWC":
         reasons.append("it is for channels that lie side by side; pass layout='NHWC' with such arrays")
-    if inputs != problem.groups:
-        reasons.append(f"it sums over one channel per group, not {inputs // problem.groups}")
-    if outputs > _CHANNELS:
+    if not problem.C == problem.O == problem.groups:
+        reasons.append("it is for one input and one output channel per group")
+    if problem.groups > _CHANNELS:
         reasons.append(f"it is for up to {_CHANNELS} channels")
     if problem.KH > _ROWS:
         reasons.append(f"it has registers for the weights of {_ROWS} kernel rows, not {problem.KH}")
@@ -174,7 +173,7 @@ class Bound:
         self.lanes = lanes = config["lanes"]
         self.alone = problem.result_size * problem.products < ALONE
         self.form = None if k is None else (k.shape, k.strides)
-        channels, many = problem.C, problem.O // problem.C
+        channels = problem.C
         (top, _), (left, _) = problem.padding
         places = problem.OW + (problem.KW - 1) * problem.dilation[1]
         sources = tuple(
@@ -186,15 +185,14 @@ class Bound:
         first = min(max(left, 0), places)
         last = min(max(left + problem.W, first), places)
         sxn, sxc, _, sxh, sxw = x.strides
-        syn, syg, syo, syh, syw = out.strides
-        syc = syg if many == 1 else syo
+        syn, syc, _, syh, syw = out.strides
         steps = syn, syh, syw, syc
-        near = out.dtype == lanes.dtype and syc == lanes.size and syw == problem.O * lanes.size
+        near = out.dtype == lanes.dtype and syc == lanes.size and syw == channels * lanes.size
         entries = [
-            sxn, sxc, sxh, sxw, syn, syc, syh, syw, problem.N, channels, many, problem.OH, problem.OW,
+            sxn, sxc, sxh, sxw, syn, syc, syh, syw, problem.N, channels, problem.OH, problem.OW,
             problem.KW, problem.dilation[1], config["kinds"], config["wide"], config["pitch"],
             config["each"], *(table.ctypes.data for table in sources), first, last, left,
-            many == 1 and sxc == x.itemsize and sxw == channels * x.itemsize,
+            sxc == x.itemsize and sxw == channels * x.itemsize,
             near and all(step % lanes.size == 0 for step in steps), problem.bias or problem.activation is not None,
         ]  # fmt: skip
         height, KH = config["height"], problem.KH
@@ -227,36 +225,23 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str, height: int, KH: int, down
     anywhere, inside = (band(lanes, height, 1, KH, (down, 1), kind, True) for kind in (ANYWHERE, INSIDE))
     read, _, fill = rows(lanes, x_dtype)
     _, write, _ = rows(lanes, y_dtype)
-    load, _ = scalar(x_dtype, lanes.dtype)
-    _, store_wide = scalar(lanes.dtype)
-
-    @compiled
-    def pixel(arguments, to, source):
-        """One pixel, its channels anywhere."""
-        C_, M_, sxc = get(arguments, C), get(arguments, M), get(arguments, SXC)
-        if M_ == 1:
-            read(to, source, C_, sxc)
-        else:
-            for c in range(C_):
-                for m in range(M_):
-                    store_wide(to + size * (c * M_ + m), load(source + c * sxc))
 
     @compiled
     def places(arguments, to, source, first, end):
         """Places ``first`` to ``end`` of a padded row of x, pixel by pixel."""
-        sxw, channels = get(arguments, SXW), get(arguments, C) * get(arguments, M)
+        sxw, channels = get(arguments, SXW), get(arguments, C)
         for u in range(first, end):
             column = get(get(arguments, SOURCE), u)
             if column < 0:
                 fill(to, get(arguments, FILL), channels)
             else:
-                pixel(arguments, to, source + column * sxw)
+                read(to, source + column * sxw, channels, get(arguments, SXC))
             to += size * channels
 
     @compiled
     def line(arguments, to, source, first, end):
         """Places ``first`` to ``end`` of a padded row of x: what steps through the row at once, if it is near."""
-        channels = get(arguments, C) * get(arguments, M)
+        channels = get(arguments, C)
         inner = min(max(get(arguments, INSIDE_FIRST), first), end)
         outer = max(min(get(arguments, INSIDE_LAST), end), inner)
         if get(arguments, NEAR_X) == 0 or inner == outer:
@@ -270,7 +255,7 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str, height: int, KH: int, down
     @compiled
     def tiles(arguments, x, y, ldy, width, high):
         """The outputs of ``high`` rows, no more than a tile's, and ``width`` columns, from lines in memory."""
-        channels, KW_, pitch = get(arguments, C) * get(arguments, M), get(arguments, KW), get(arguments, PITCH)
+        channels, KW_, pitch = get(arguments, C), get(arguments, KW), get(arguments, PITCH)
         kinds, count = get(arguments, KINDS), width // lane_count
         weights = KW_ * KH * lane_count
         for kind in range(min(kinds, count + 1)):
@@ -299,7 +284,7 @@ def _kernel(lanes: Lanes, x_dtype: str, y_dtype: str, height: int, KH: int, down
     @compiled
     def block(arguments, n, i0, i1, j0, j1, memory):
         """The outputs of rows i0 to i1, no more than a tile's, and pixels j0 to j1 of image n."""
-        channels, pitch = get(arguments, C) * get(arguments, M), get(arguments, PITCH)
+        channels, pitch = get(arguments, C), get(arguments, PITCH)
         x = get(arguments, X) + n * get(arguments, SXN)
         end = j1 + (get(arguments, KW) - 1) * get(arguments, STEP)
         lines = (i1 - i0 - 1) * down + KH
