@@ -108,8 +108,8 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
 def _interleaved(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
     # AVX2, one output per channel. numba_cpu.channels over it, 2048² of three: bytes, 3×3 6.1, 5×5 8.5; float32 3.0 to
     # 3.1; four: bytes 4.6 to 5.9, float32 1.4 to 2.0; eight 1.0 to 1.4; 16 and 64: 0.6 to 1.7. With reflected borders,
-    # bytes, numba_cpu.strip over it: three 4.5, 16 6.5, 64 5.8. Several outputs per channel, which it does not serve: two
-    # 0.4 to 0.9, eight 0.7.
+    # bytes, numba_cpu.strip over it: three 4.5, 16 6.5, 64 5.8. It does not serve several outputs per channel: two
+    # had 0.4 to 0.9, eight 0.7.
     zeros = problem.padding_mode == "constant" and problem.fill == 0
     return channels == outputs == 1 and (problem.groups <= 4 or not zeros)
 

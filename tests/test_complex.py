@@ -12,7 +12,7 @@ import pytest
 import units
 
 import gpuconv
-from gpuconv import request
+from gpuconv import quick, request
 from gpuconv.backends import protocol
 from gpuconv.backends.numba_cpu import complex as complex_numbers
 from gpuconv.backends.numba_cpu import runtime
@@ -241,3 +241,21 @@ def test_what_it_is_chosen_for():
     assert complex_numbers.unsupported(real, protocol.Target("cpu")) == ["it is for complex numbers"]
     swapped = replace(real, x_dtype="complex64", k_dtype="complex64", y_dtype="complex64")
     assert "byte order" in complex_numbers.unsupported(swapped, protocol.Target("cpu", swapped=True))[0]
+
+
+def test_repeated_calls_take_the_short_way():
+    """One channel and several, a kept kernel, a weight gradient: new numbers each time, and nothing is planned again."""
+    gpuconv.clear()
+    bias = numbers((2,), "complex64")
+    for channels in (1, 3):
+        k = numbers((2, channels, 3, 3), "complex64", 1)
+        layer = gpuconv.Conv2d(k, bias, backend=NAME)
+        for seed in range(2, 5):
+            x, dy = numbers((2, channels, 9, 8), "complex64", seed), numbers((2, 2, 7, 6), "complex64", seed + 9)
+            wanted = gpuconv.conv2d(x, k, bias, backend="numpy.reference")
+            assert np.allclose(gpuconv.conv2d(x, k, bias, backend=NAME), wanted, atol=1e-4)
+            assert np.allclose(layer(x), wanted, atol=1e-4)
+            gradients = [gpuconv.grad.conv2d_weight(x, k.shape, dy, backend=name) for name in (NAME, "numpy.reference")]
+            assert np.allclose(*gradients, atol=1e-3)
+    remembered = [ready.bound for ready in quick._ready.values()]
+    assert sum(isinstance(bound, complex_numbers.Bound) for bound in remembered) == 4

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import dispatch, dtypes, schedule
+from gpuconv import dispatch, dtypes, request, schedule
 from gpuconv.backends.numba_cpu import dense, runtime, strip, weight_grad
 from gpuconv.backends.protocol import Operands, Plan, Target
 from gpuconv.geometry import window
@@ -43,6 +43,7 @@ _TERMS = 8 << 20
 
 _REAL = {"complex64": "float32", "complex128": "float64"}
 _PARTS = ("real", "imag")
+_AXES = 5  # of the views that implementations are given
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,43 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
 
 
 def _run(plan: Plan, operands: Operands, out: Any) -> None:
-    (_run_channels if "inner" in plan.config else _run_terms)(plan, operands, out)
+    Bound(plan, operands.x, operands.k, out).run(operands, out)
+
+
+class Bound:
+    """A plan for arrays of certain strides, with what it has bound of the real convolutions that it is made of."""
+
+    def __init__(self, plan: Plan, x: Any, k: Any | None, out: Any) -> None:
+        """For arrays like ``x``, ``k`` and ``out``, which are seen at the first run."""
+        self.plan = plan
+        self.alone = False  # as far as is known: what it is made of is bound later
+        self.inner: dict[Any, Any] = {}
+
+    def __call__(self, x: Any, k: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
+        """Run on the caller's own arrays, or on views with the groups as an axis."""
+        x, k, out = (
+            array if array.ndim == _AXES else request.view(self.plan.problem, which, array)
+            for which, array in enumerate((x, k, out))
+        )
+        self.run(Operands(x, k, bias, packed=packed), out)
+
+    def run(self, operands: Operands, out: Any) -> None:
+        """Write the convolution, or a gradient, of views into ``out``."""
+        if "inner" in self.plan.config:
+            self._channels(operands, out)
+        else:
+            _run_terms(self, operands, out)
+
+    def _channels(self, operands: Operands, out: Any) -> None:
+        plan, bias = self.plan, operands.bias
+        k = None if operands.packed is not None else _doubled(plan, operands.k)
+        if bias is not None:
+            bias = np.stack((bias.real, bias.imag), axis=-1).ravel()
+        x, y = operands.x.real, out.real
+        ready = self.inner.get("channels")
+        if ready is None:
+            ready = self.inner["channels"] = strip.Bound(plan.config["inner"], x, k, y)
+        ready(x, k, operands.packed, bias, y)
 
 
 def _doubled(plan: Plan, k: Any) -> Any:
@@ -282,17 +319,8 @@ def _doubled(plan: Plan, k: Any) -> Any:
     return doubled.reshape((groups, 2 * O, 2 * C, *taps))
 
 
-def _run_channels(plan: Plan, operands: Operands, out: Any) -> None:
-    k = None if operands.packed is not None else _doubled(plan, operands.k)
-    bias = operands.bias
-    if bias is not None:
-        bias = np.stack((bias.real, bias.imag), axis=-1).ravel()
-    parts = Operands(operands.x.real, k, bias, packed=operands.packed)
-    dense.once(strip.Bound, plan.config["inner"], parts, out.real)
-
-
-def _run_terms(plan: Plan, operands: Operands, out: Any) -> None:
-    problem, config = plan.problem, plan.config
+def _run_terms(bound: Bound, operands: Operands, out: Any) -> None:
+    plan, problem, config = bound.plan, bound.plan.problem, bound.plan.config
     scratch = np.empty(config["scratch"], plan.sums_in)
     with np.errstate(all="ignore"):  # infinities and NaN are results here, not accidents
         for n, g, i in schedule.blocks(config["extents"], config["block"]):
@@ -302,25 +330,23 @@ def _run_terms(plan: Plan, operands: Operands, out: Any) -> None:
                 if problem.op != "weight_grad":
                     y = y[n, g, :, i]
                 if len(terms) == 1:
-                    _term(plan, terms[0], place, operands, part, y)
+                    _term(bound, terms[0], place, operands, part, y)
                     if terms[0].sign < 0:
                         # np.negative in place is wrong where elements lie 16 bytes apart (NumPy 2.4).
                         np.multiply(y, y.dtype.type(-1), out=y)
                 else:
                     made = [_like(y, half, problem.layout) for half in np.split(scratch, 2)]
                     for term, sums in zip(terms, made, strict=True):
-                        _term(plan, term, place, operands, part, sums)
+                        _term(bound, term, place, operands, part, sums)
                     (np.add if terms[1].sign > 0 else np.subtract)(made[0], made[1], out=y)
 
 
-def _term(plan: Plan, term: Term, place: Place, operands: Operands, part: str, out: Any) -> None:
+def _term(bound: Bound, term: Term, place: Place, operands: Operands, part: str, out: Any) -> None:
     """Write the block of a term, without its sign, into ``out``."""
     n, g, _ = place
-    config, implementation = plan.config, dispatch.implementation(term.name)
-    inner = _inner(term, place, config["target"], config["limit"])
+    plan, packed, bias = bound.plan, None, None
     x, k = _view(operands.x, term.first), _view(operands.k, term.second)
-    packed, bias = None, None
-    if inner.problem.op == "weight_grad":
+    if plan.problem.op == "weight_grad":
         x, k = x[n, g], k[n, g]
     else:
         x, k = x[n, g], k[g]
@@ -329,7 +355,13 @@ def _term(plan: Plan, term: Term, place: Place, operands: Operands, part: str, o
     if term.problem.bias:
         bias = _view(operands.bias, part).reshape(plan.problem.groups, -1)[g].ravel()
         bias = bias if term.sign > 0 else -bias
-    implementation.run(inner, Operands(x, k, bias, packed=packed), out)
+    key = term.first, term.second, *((axis.start, axis.stop) for axis in place)
+    ready = bound.inner.get(key)
+    if ready is None:
+        inner = _inner(term, place, plan.config["target"], plan.config["limit"])
+        made: Any = dispatch.implementation(term.name)
+        ready = bound.inner[key] = made.Bound(inner, x, k if packed is None else None, out)
+    ready(x, k, packed, bias, out)
 
 
 def _view(array: Any, part: str) -> Any:
