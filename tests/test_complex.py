@@ -244,7 +244,7 @@ def test_what_it_is_chosen_for():
 
 
 def test_repeated_calls_take_the_short_way():
-    """One channel and several, a kept kernel, a weight gradient: new numbers each time, and nothing is planned again."""
+    """One channel, several, a kept kernel, a weight gradient: new numbers each time, and nothing is planned again."""
     gpuconv.clear()
     bias = numbers((2,), "complex64")
     for channels in (1, 3):

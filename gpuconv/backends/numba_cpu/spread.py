@@ -18,8 +18,9 @@ import numpy as np
 
 from gpuconv import schedule
 from gpuconv.backends.numba_cpu import dense, runtime
-from gpuconv.backends.numba_cpu.copies import compiled, lines, rows
+from gpuconv.backends.numba_cpu.copies import lines, rows
 from gpuconv.backends.numba_cpu.microkernel import BLOCK
+from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.strip import ALONE
 from gpuconv.backends.numba_cpu.vectors import I64, Emitter, Lanes, Value, get, routine
 from gpuconv.backends.phases import AxisPhase, axis_phases
