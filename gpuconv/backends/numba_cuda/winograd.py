@@ -43,7 +43,6 @@ OPS = frozenset(("forward", "input_grad"))
 EXPERIMENTAL = True
 
 TILE, POINTS = 4, 36  # of ``winograd_transforms``, which Numba has to be there for
-SIDE, CHANNELS = 32, 8  # tiles, or weights, and channels of a block that transforms
 # Channels in one running sum.
 _SUM = 256
 # Bytes of a chunk's transforms and sums: about half of the second-level cache of an A100 or an H100, by rule of thumb.
@@ -155,13 +154,6 @@ class Launch:
         """Bytes of the transformed image and the sums of one tile."""
         return 4 * self.products * (self.inputs + self.parts * self.outputs)
 
-    @property
-    def largest_grid(self) -> int:
-        """Blocks of the launch that has most of them, in the smallest tiles."""
-        tile = tiles.SMALL
-        multiply = -(-self.outputs // tile.outputs) * -(-self.chunk // tile.pixels) * self.products * self.parts
-        return max(multiply, -(-self.chunk // SIDE) * -(-max(self.inputs, self.outputs) // CHANNELS) * self.groups)
-
     def blocks(self) -> Iterator[tuple[Launch, int, int]]:
         """What is made one after the other; of each the first group, and the first output channel in it."""
         outputs = self.problem.O // self.problem.groups
@@ -210,12 +202,10 @@ def _cut(part: direct.Part, room: int) -> Launch:
     for groups, outputs in _shares(whole.groups, whole.outputs):
         cut = replace(whole, groups=groups, outputs=outputs)
         most = (room - 4 * cut.weights_size) // cut.tile_bytes // TILE * TILE
-        cached = max(_UNIT, _CHUNK // cut.tile_bytes // _UNIT * _UNIT)
-        cut = replace(cut, chunk=max(TILE, min(most, cached, every)))
-        # Rather fewer channels than tiles too few for a matrix product.
-        if most >= min(_UNIT, every) and cut.largest_grid <= launch.MAX_GRID_X:
+        if most >= min(_UNIT, every):  # rather fewer channels than tiles too few for a matrix product
             break
-    return cut
+    cached = max(_UNIT, _CHUNK // cut.tile_bytes // _UNIT * _UNIT)
+    return replace(cut, chunk=max(TILE, min(most, cached, every)))
 
 
 def _shares(groups: int, outputs: int) -> Iterator[tuple[int, int]]:

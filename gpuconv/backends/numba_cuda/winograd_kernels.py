@@ -22,9 +22,9 @@ from numba import cuda  # a global of this module: the simulator replaces it the
 from gpuconv.backends.numba_cuda import ptx, winograd_transforms
 from gpuconv.backends.numba_cuda.convert import numba_type
 from gpuconv.backends.numba_cuda.depthwise_loads import READERS
-from gpuconv.backends.numba_cuda.winograd import CHANNELS, SIDE
 from gpuconv.backends.numba_cuda.winograd_transforms import POINTS, TILE, WINDOW
 
+SIDE, CHANNELS = 32, 8
 # Channels side by side in a warp where they are so in memory: with 8 tiles to 4 channels a warp writes whole sectors of
 # V, with 4 to 8 whole sectors of y; what it reads in pieces, its neighbours read from the cache.
 NEAR_IMAGE, NEAR_RESULT = 4, 8

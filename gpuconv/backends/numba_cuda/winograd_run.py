@@ -11,7 +11,7 @@ from gpuconv.backends.numba_cuda import depthwise_shape, launch, uploads, winogr
 from gpuconv.backends.numba_cuda.launch import Flat
 from gpuconv.backends.numba_cuda.replay import Step
 from gpuconv.backends.numba_cuda.tiles import Tile
-from gpuconv.backends.numba_cuda.winograd import CHANNELS, SIDE, TILE, Launch
+from gpuconv.backends.numba_cuda.winograd import TILE, Launch
 from gpuconv.problem import Conv2dProblem
 
 # The kernel's types of what it is handed.
@@ -74,7 +74,7 @@ def transformed(cut: Launch, k: Flat, like: Any, stream: Any) -> Any:
 
 def _blocks(cut: Launch, across: int, channels: int) -> int:
     """Blocks of a kernel that transforms, so many tiles or weights of so many channels."""
-    return -(-across // SIDE) * -(-channels // CHANNELS) * cut.groups
+    return -(-across // winograd_kernels.SIDE) * -(-channels // winograd_kernels.CHANNELS) * cut.groups
 
 
 def _weights(cut: Launch, k: Flat, U: Any) -> Step:
