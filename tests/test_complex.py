@@ -259,3 +259,20 @@ def test_repeated_calls_take_the_short_way():
             assert np.allclose(*gradients, atol=1e-3)
     remembered = [ready.bound for ready in quick._ready.values()]
     assert sum(isinstance(bound, complex_numbers.Bound) for bound in remembered) == 4
+
+
+def test_what_is_bound_does_not_grow_with_the_batch(monkeypatch):
+    """Blocks of one image and one group look all the same."""
+    monkeypatch.setattr(complex_numbers, "_TERMS", 1)
+    for N, groups in ((1, 1), (4, 3)):
+        problem = Conv2dProblem.of(
+            (N, groups, 7, 9), (groups, 1, 3, 3), x_dtype="complex64", k_dtype="complex64", groups=groups
+        )
+        plan = complex_numbers.plan(problem, protocol.Target("cpu"), 1 << 28)
+        assert plan.config["block"][:2] == (1, 1)
+        x, k, _ = operands(problem.x_shape, problem.k_shape)
+        y = np.empty(problem.y_shape, "complex64")
+        bound = complex_numbers.Bound(plan, x, k, y)
+        bound(x, k, None, None, y)
+        units.assert_close(y, oracle.answer(x, k, groups=groups))
+        assert len(bound.inner) == 4 * -(-problem.OH // plan.config["block"][2])

@@ -343,7 +343,7 @@ def _run_terms(bound: Bound, operands: Operands, out: Any) -> None:
 
 def _term(bound: Bound, term: Term, place: Place, operands: Operands, part: str, out: Any) -> None:
     """Write the block of a term, without its sign, into ``out``."""
-    n, g, _ = place
+    n, g, i = place
     plan, packed, bias = bound.plan, None, None
     x, k = _view(operands.x, term.first), _view(operands.k, term.second)
     if plan.problem.op == "weight_grad":
@@ -355,7 +355,8 @@ def _term(bound: Bound, term: Term, place: Place, operands: Operands, part: str,
     if term.problem.bias:
         bias = _view(operands.bias, part).reshape(plan.problem.groups, -1)[g].ravel()
         bias = bias if term.sign > 0 else -bias
-    key = term.first, term.second, *((axis.start, axis.stop) for axis in place)
+    # Images and groups all look the same: without them in the key, what is kept does not grow with a batch.
+    key = term.first, term.second, n.stop - n.start, g.stop - g.start, i.start, i.stop
     ready = bound.inner.get(key)
     if ready is None:
         inner = _inner(term, place, plan.config["target"], plan.config["limit"])
