@@ -128,6 +128,15 @@ def test_what_runs():
     assert spread.unsupported(problem, protocol.Target("cpu")) == ["it is for results of which every row has a tap"]
 
 
+def test_a_kernel_of_too_many_taps_is_not_gone_through(monkeypatch):
+    """One of a million rows, which explain may be asked about, would take seconds."""
+    monkeypatch.setattr(spread, "_of_rows", pytest.fail)
+    problem = Conv2dProblem.of(
+        (1, 1, 2000, 4), (1, 1, 1000, 2), x_dtype="float32", k_dtype="float32", stride=(1000, 2), op="input_grad"
+    )
+    assert "at most 320" in spread.unsupported(problem, protocol.Target("cpu"))[0]
+
+
 def test_a_repeated_call_and_a_kept_kernel():
     problem = problem_of(POSED[0])
     dy, k, _ = operands_of(problem)

@@ -67,6 +67,8 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
         reasons.append(f"it is for a stride of 2 and an odd dilation of columns, not {step} and {dilation}")
     elif min(problem.KW, problem.W) < 2:
         reasons.append("it is for two columns of the kernel and of the result, or more")
+    if reasons:
+        return reasons  # such as more taps than are gone through below
     if sum(_rows(problem, phase) for phase in _of_rows(problem)) != problem.H or problem.H == 0:
         reasons.append("it is for results of which every row has a tap")
     return reasons
