@@ -253,3 +253,14 @@ def test_threads_have_as_many_strips(monkeypatch):
     )
     plan = pixels.plan(problem, protocol.Target("cpu", threads=2, vector_bits=256), 1 << 28)
     assert f"strips, {2 * 28} pixels at a time" in plan.detail
+
+
+def test_strips_of_a_long_image_are_soon_chosen(monkeypatch):
+    """Of a million rows of a pixel a strip has tens of thousands: comparing all heights took a quarter of a second."""
+    asked, longest = [], pixels._longest
+    monkeypatch.setattr(pixels, "_longest", lambda *given: asked.append(given) or longest(*given))
+    problem = problems.Conv2dProblem.of(
+        (1, 1, 10**6, 1), (16, 1, 3, 1), x_dtype="float32", k_dtype="float32", padding=(1, 0)
+    )
+    pixels.plan(problem, protocol.Target("cpu", threads=2, vector_bits=256), 1 << 28)
+    assert 1 < len(asked) <= 100

@@ -58,6 +58,7 @@ _LEAST_OUTPUTS = 8  # per group
 _WINDOW = 1 << 22  # elements of a window that is copied
 _PLANE = 1024  # pixels of an image that is gone through tap by tap
 _TASKS, _FEWEST = 4, 192  # units for a thread where work is shared out finely, and pixels that are worth a strip
+_HEIGHTS = 100  # of strips that are compared
 _COPY = 24  # products that take as long as to copy a number
 _ALONE = 1 << 19  # products below which starting threads costs more than it gives
 
@@ -259,7 +260,7 @@ def _strip(
         strips = -(-strips // threads) * threads
     high, wide = max(1, -(-problem.OH // max(strips, 1))), max(wide, 1)
     if finer and wide >= problem.OW:  # fewer rows, if all threads have as many then
-        high = min(range(high, high // 3, -1), key=lambda h: _longest(problem, h, threads))
+        high = min(range(high, max(high // 3, high - _HEIGHTS), -1), key=lambda h: _longest(problem, h, threads))
     return high, wide
 
 
