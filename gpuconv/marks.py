@@ -13,13 +13,15 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
-_DEFAULT = (0, 1)  # the addresses of the default stream, of which no graph can be captured; 2 is each thread's own
+_DEFAULT = (0, 1)  # the addresses of the default stream, of which no graph can be captured
+_PER_THREAD = 2  # that of each thread's own default stream
 
 
 class Mark:
@@ -32,7 +34,7 @@ class Mark:
         self.shared = False  # whether a call on another stream has relied on it
         with cupy.cuda.Device(ordinal):
             stream = cupy.cuda.get_current_stream()
-            self._stream = int(stream.ptr)
+            self._stream = _place(stream)
             self._event = stream.record(cupy.cuda.Event(disable_timing=True))
 
     def wait(self) -> None:
@@ -40,7 +42,7 @@ class Mark:
         import cupy
 
         event, current = self._event, cupy.cuda.get_current_stream()
-        self.shared = self.shared or int(current.ptr) != self._stream
+        self.shared = self.shared or _place(current) != self._stream
         if event is None:
             return
         with relaxed():
@@ -60,6 +62,12 @@ class Mark:
             with relaxed():
                 event.synchronize()
             self._event = None
+
+
+def _place(stream: Any) -> tuple[int, int | None]:
+    """What tells one stream from another that is there, too: each thread's own default stream is 2 in every thread."""
+    address = int(stream.ptr)
+    return address, threading.get_ident() if address == _PER_THREAD else None
 
 
 def captures(address: int | None = None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,6 +150,19 @@ def test_memory_that_other_streams_read_is_given_back_when_they_have(gpu, stream
         del layer
         gc.collect()
     assert gpu.log == [("host waits for GPU", 0)] * waits
+
+
+def test_each_threads_own_default_stream_is_another_one(gpu):
+    """All have the address 2."""
+    gpu.current, gpu.busy = 2, False
+    layer = layer_on(gpu)
+    use(layer)
+    mark = layer._kept["weights"][1]
+    assert not mark.shared
+    thread = threading.Thread(target=use, args=(layer,))
+    thread.start()
+    thread.join()
+    assert mark.shared
 
 
 def test_a_graphs_memory_is_given_back_when_the_gpu_has_finished(gpu):
