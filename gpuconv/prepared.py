@@ -53,7 +53,8 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
 
     On a GPU, calls may come on any streams, without a word to each other: what one packs, the others' streams wait for
     on the GPU, while it is not done. Only where a CUDA graph is captured before it is done does the host wait, once.
-    Within a capture nothing can be packed, which is a RuntimeError: call the layer once before.
+    Within a capture nothing can be packed, which is a RuntimeError: call the layer once before. Call
+    ``gpuconv.clear()`` when no other thread is within a call.
 
     Examples
     --------
@@ -110,7 +111,8 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
         self._repeats = device is None and workspace_limit is None
         self._problems: OrderedDict[Any, tuple[Conv2dProblem, tuple[int, ...]]] = OrderedDict()
         _live.add(self)
-        weakref.finalize(self, _let_go, self._kept, self._copied).atexit = False
+        copies = (self._kernel, self._bias)
+        weakref.finalize(self, _let_go, self._kept, self._copied, copies).atexit = False
 
     def __call__(self, x: Any, out: Any = None, stream: Any = None) -> Any:
         """Convolve ``x``: ``conv2d`` with the kernel and the options of this object.
@@ -182,7 +184,7 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
         own = tuple(geometry.as_pair(call, name, self._options[name], 1) for name in ("stride", "dilation"))
         keeper = self if own == (stride, dilation) else None
         if keeper is None:
-            self._await_copies()
+            self._await_copies(on_host=True)  # the window may be on another GPU
         return request.compute(call, asked, keeper=keeper, **self._where)
 
     def __repr__(self) -> str:
@@ -247,6 +249,10 @@ x_zero_point, k_zero_point, dtype, precision, device, backend, workspace_limit
         if operand.device is None:
             return replace(operand, array=arrays.native(operand.array.copy(order="C")), stream=None)
         with arrays.on_stream(operand.device, operand.stream):
+            if marks.captures():
+                raise RuntimeError(
+                    "Conv2d: it cannot be made while a CUDA graph is captured; make it before the capture"
+                )
             copy = operand.array.copy(order="C")
             self._copied.append(marks.Mark(operand.device))
         return replace(operand, array=copy, stream=None)
@@ -319,12 +325,22 @@ def release() -> None:
             layer._ready.clear()
 
 
-def _let_go(kept: dict[Any, tuple[Any, marks.Mark | None]], copied: list[marks.Mark]) -> None:
+# What was to be given back while its GPU could not be waited for, and the GPUs.
+_pending: list[tuple[set[int], Any]] = []
+
+
+def _let_go(kept: dict[Any, tuple[Any, marks.Mark | None]], copied: list[marks.Mark], copies: Any = None) -> None:
     """Wait for the GPUs whose memory is given back, where another stream or a graph may still be reading it."""
     found = [(mark, None) for mark in copied] + [(mark, value) for value, mark in kept.values() if mark is not None]
     read = {mark.ordinal for mark, value in found if mark.shared or getattr(value, "captured", None)}
-    if read and all(mark.process == os.getpid() for mark, _ in found):  # CUDA does not survive a fork
-        marks.settle(sorted(read))
+    if not read or any(mark.process != os.getpid() for mark, _ in found):  # CUDA does not survive a fork
+        return
+    try:
+        marks.settle(sorted(read.union(*(ordinals for ordinals, _ in _pending))))
+    except RuntimeError:  # a graph is being captured: kept until the next time
+        _pending.append((read, (dict(kept), copies)))
+    else:
+        _pending.clear()
 
 
 def _rebuilt(kernel: Any, bias: Any, arguments: dict[str, Any]) -> Conv2d:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
 import os
 import sys
 import threading
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,6 +71,8 @@ class Gpu:
                 pass
 
             def synchronize(self) -> None:
+                if gpu.capturing:
+                    raise RuntimeError("a graph is being captured")
                 gpu.log.append(("host waits for GPU", self.ordinal))
 
         runtime = SimpleNamespace(streamIsCapturing=lambda address: address in gpu.capturing)
@@ -170,6 +175,41 @@ def test_a_graphs_memory_is_given_back_when_the_gpu_has_finished(gpu):
     del layer
     gc.collect()
     assert gpu.log == [("host waits for GPU", 0)]
+
+
+def test_what_cannot_be_given_back_during_a_capture_is_kept_until_it_has_ended(gpu):
+    released = []
+
+    class Weights:
+        captured = True
+
+    def weights():
+        found = Weights()
+        weakref.finalize(found, released.append, 1)
+        return found
+
+    for drop in (lambda layer: prepared.release(), lambda layer: None):
+        layer = gpuconv.Conv2d(np.ones((3, 3)))
+        layer.kept("weights", weights, 0)
+        gpu.capturing = {A}
+        drop(layer)
+        del layer
+        gc.collect()
+        assert released == []
+        gpu.capturing = set()
+    layer = layer_on(gpu, SimpleNamespace(captured=True))
+    del layer
+    gc.collect()
+    assert gpu.log == [("host waits for GPU", 0)]
+    assert released == [1, 1]
+
+
+def test_no_layer_is_made_of_a_kernel_on_a_gpu_during_a_capture(gpu, monkeypatch):
+    monkeypatch.setattr(prepared.arrays, "on_stream", lambda *where: contextlib.nullcontext())
+    kernel = prepared.arrays.operand("Conv2d", "k", np.ones((3, 3)))
+    layer, gpu.capturing = gpuconv.Conv2d(np.ones((3, 3))), {A}
+    with pytest.raises(RuntimeError, match="make it before the capture"):
+        layer._snapshot(dataclasses.replace(kernel, device=0))
 
 
 def test_a_forked_child_asks_cuda_for_nothing(gpu, monkeypatch):
