@@ -142,3 +142,14 @@ def finishing(problem: Conv2dProblem, bias: Any | None, padded: int, rows: int, 
 def constant(problem: Conv2dProblem, lanes: Lanes) -> np.ndarray[Any, Any]:
     """The padding value, in memory."""
     return np.array([dtypes.numpy_dtype(problem.x_dtype).type(problem.fill)]).astype(lanes.dtype)
+
+
+def is_readable(k: Any, lanes: Lanes) -> bool:
+    """Whether a kernel can read the weights where they lie, number by number."""
+    return bool(k.dtype == lanes.dtype and k.dtype.isnative and all(step % lanes.size == 0 for step in k.strides))
+
+
+def is_near(array: Any, lanes: Lanes) -> bool:
+    """Whether vectors can read or write the rows of an image, (N, G, C, H, W), where they lie."""
+    steps = array.strides
+    return bool(array.dtype == lanes.dtype and steps[4] == lanes.size and all(step % lanes.size == 0 for step in steps))

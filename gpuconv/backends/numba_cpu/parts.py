@@ -2,7 +2,7 @@
 
 Of a function that another one calls, Numba first makes machine code, for it might be run, and links it, optimised, into
 its caller, where it is optimised again. No part of a kernel is ever run on its own. Linked as it was lowered, it spares
-a kernel about a third of the time that it takes to compile.
+a kernel a third, or more, of the time that it takes to compile.
 """
 
 from __future__ import annotations

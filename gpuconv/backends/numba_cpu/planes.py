@@ -227,12 +227,6 @@ def _run(plan: Plan, operands: Operands, out: Any) -> None:
     dense.once(Bound, plan, operands, out)
 
 
-def _is_near(array: Any, lanes: Lanes) -> bool:
-    """Whether the micro-kernel can read or write the array where it lies."""
-    steps = array.strides
-    return bool(array.dtype == lanes.dtype and steps[4] == lanes.size and all(step % lanes.size == 0 for step in steps))
-
-
 class Bound:
     """A plan for arrays of certain strides: what is left of a call is to run it."""
 
@@ -251,9 +245,7 @@ class Bound:
         # Weights that cannot be read in place are copied on every call, as this view of them: a repeated call has the
         # caller's own array, whose axes may be in another order.
         self.copied = None
-        if k is not None and (
-            k.dtype != lanes.dtype or not k.dtype.isnative or any(step % lanes.size for step in k.strides)
-        ):
+        if k is not None and not dense.is_readable(k, lanes):
             self.copied = k.shape, k.strides
         form = problem.groups, problem.O // problem.groups, 1, problem.KH, problem.KW
         like = np.empty(form, lanes.dtype) if k is None or self.copied else k
@@ -261,7 +253,7 @@ class Bound:
         table[[SXN, SXG, SXH, SXW]] = *x.strides[:2], *x.strides[3:]
         table[[SYN, SYG, SYO, SYH, SYW]] = out.strides
         table[[SKG, SKO, SKP, SKQ]] = *like.strides[:2], *like.strides[3:]
-        table[NEAR_X], table[NEAR_Y] = _is_near(x, lanes), _is_near(out, lanes)
+        table[NEAR_X], table[NEAR_Y] = dense.is_near(x, lanes), dense.is_near(out, lanes)
         table[AT_ONCE] = (config["at_once"] if table[NEAR_Y] else config["together"]) if table[NEAR_X] else 1
         self.scratch = 1 if table[NEAR_X] and table[NEAR_Y] else config["threads"] * config["each"]
         name, make = kernel_of(problem, lanes)

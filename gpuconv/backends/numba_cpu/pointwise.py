@@ -74,7 +74,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     kc = dense.channels_at_once(problem)
     padded = -(-outputs // MR) * MR
     ob, at_once, images = padded, pixels, problem.N * groups
-    # Without AVX-512 in small tasks, so that a core that is slowed down holds nobody up; not measured with it.
+    # Without AVX-512 in small tasks, so that neither thread waits long for the other; not measured with it.
     parts = threads if images % threads else 1
     if lanes.bits < 512 and images:
         parts = max(parts, _TASKS * threads // images)

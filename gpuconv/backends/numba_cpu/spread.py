@@ -164,12 +164,6 @@ def run(plan: Plan, operands: Operands, out: Any) -> None:
     dense.once(Bound, plan, operands, out)
 
 
-def _is_near(array: Any, lanes: Lanes) -> bool:
-    """Whether vectors can read or write the array where it lies."""
-    steps = array.strides
-    return bool(array.dtype == lanes.dtype and steps[4] == lanes.size and all(step % lanes.size == 0 for step in steps))
-
-
 class Bound:
     """A plan for arrays of certain strides: what is left of a call is to run it."""
 
@@ -181,9 +175,7 @@ class Bound:
         # Weights that cannot be read in place are copied on every call, as this view of them: a repeated call has the
         # caller's own array, whose axes may be in another order.
         self.copied = None
-        if k is not None and (
-            k.dtype != lanes.dtype or not k.dtype.isnative or any(step % lanes.size for step in k.strides)
-        ):
+        if k is not None and not dense.is_readable(k, lanes):
             self.copied = k.shape, k.strides
         form = problem.groups, 1, problem.C // problem.groups, problem.KH, problem.KW
         like = np.empty(form, lanes.dtype) if k is None or self.copied else k
@@ -198,7 +190,7 @@ class Bound:
             STRIPS: config["strips"], LINES: down.extent(config["high"]), PITCH: config["pitch"],
             FIRST_LINE: -down.before, FIRST_COLUMN: -across.before, PHASES: len(phases),
             TABLE_OF_PHASES: phases.ctypes.data, STRIDE: problem.stride[0], PER_THREAD: config["each"],
-            NEAR_X: _is_near(x, lanes), NEAR_Y: _is_near(out, lanes), ROW: config["row"],
+            NEAR_X: dense.is_near(x, lanes), NEAR_Y: dense.is_near(out, lanes), ROW: config["row"],
             FINISHED: problem.bias or problem.activation is not None,
         }.items():  # fmt: skip
             table[index] = value
