@@ -121,14 +121,16 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     }
     made = max(1, min(problem.OH, _WAITING // max(problem.OW, 1)))
 
+    # With what it takes to begin at a cache line: no two threads may touch the same bytes.
+    beside = max(size, made * problem.OW)
+    per_thread = (places + taps + 1 + made * problem.OW + pixels + n + beside) * n + 64 // lanes.size
+
     def scratch(threads: int) -> int:
-        each = places + taps + 1 + made * problem.OW + pixels + n + max(size, made * problem.OW)
-        return threads * each * n * lanes.size + sum(table.nbytes for table in kept.values()) + 4096
+        return threads * per_thread * lanes.size + sum(table.nbytes for table in kept.values()) + 4096
 
     blocks = problem.N * -(-problem.C // n)
     threads = 1 if problem.result_size * problem.products < ALONE else min(target.threads, max(blocks, 1))
     (threads,) = schedule.fit((threads,), scratch, limit, f"{NAME} on {problem}")
-    per_thread = (places + taps + 1 + made * problem.OW + pixels + n + max(size, made * problem.OW)) * n
     table = np.zeros(runtime.TABLE, np.int64)
     for index, value in {
         N: problem.N, C: problem.C, H: problem.H, W: problem.W, OH: problem.OH, OW: problem.OW, TAPS: taps,
@@ -139,7 +141,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         table[index] = value
     detail = f"{n} channels at a time, padded planes of {high}×{pitch}, {lanes}"
     config = {"lanes": lanes, "table": table, "kept": kept, "threads": threads,
-              "scratch": threads * per_thread + 64 // lanes.size}  # fmt: skip
+              "scratch": threads * per_thread}  # fmt: skip
     return Plan(problem, scratch(threads), lanes.dtype, detail, config)
 
 
