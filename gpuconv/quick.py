@@ -36,7 +36,7 @@ class Ready:
 
     def __call__(self, x: Any, k: Any, bias: Any | None, out: Any | None = None) -> Any:
         """The result, in a new array where there is no ``out``."""
-        y = arrays.empty(self.shape, self.dtype) if out is None else out
+        y = arrays.empty(self.shape, self.dtype, x) if out is None else out
         self.bound(x, k, self.packed, bias, y)
         return y
 

@@ -361,7 +361,7 @@ def execute(
 
         held = None if pieces is not None and home is None else ordinal  # where the result is written
         in_place = out is not None and home == held
-        y = out if in_place else _empty(request.shape, dtypes.numpy_dtype(problem.y_dtype), held)
+        y = out if in_place else _empty(request.shape, dtypes.numpy_dtype(problem.y_dtype), held, request.first.array)
         result = view(problem, 2, y if request.lift is None else request.lift(y))
         bias = kept(("bias", problem.y_dtype), lambda: _cast_bias(moved(request.bias), problem))
         points = request.k_zero_point
@@ -455,9 +455,9 @@ def view(problem: Conv2dProblem, which: int, array: Array) -> Array:
     return layouts.images(array, problem.layout, problem.groups)
 
 
-def _empty(shape: tuple[int, ...], dtype: Any, ordinal: int | None) -> Array:
+def _empty(shape: tuple[int, ...], dtype: Any, ordinal: int | None, image: Array | None = None) -> Array:
     if ordinal is None:
-        return arrays.empty(shape, dtype)
+        return arrays.empty(shape, dtype, image)
     import cupy
 
     with cupy.cuda.Device(ordinal):

@@ -188,6 +188,20 @@ def test_large_results_begin_at_a_cache_line(dtype, shape):
     assert all((y == index).all() for index, y in enumerate(kept))
 
 
+@pytest.mark.parametrize("start", [0, 4, 16, 2048, 4092])
+def test_large_results_begin_apart_from_the_image(start):
+    """As far as a page goes: reads of the image need not wait for what is written, row for row, at the same place."""
+    memory = np.zeros((1 << 20) + 8192, np.uint8)
+    first = -memory.ctypes.data % 4096 + start
+    x = memory[first : first + (1 << 20)].view(np.float32).reshape(1, 1, 256, 1024)
+    k = np.ones((1, 1, 3, 3), np.float32)
+    prepared = gpuconv.Conv2d(k, padding=1)
+    for call in (lambda: gpuconv.conv2d(x, k, padding=1), lambda: prepared(x)):
+        for y in (call(), call(), call()):
+            apart = (y.ctypes.data - x.ctypes.data) % 4096
+            assert 1024 <= apart <= 3072 and y.ctypes.data % 64 == 0 and y.flags.c_contiguous
+
+
 ONE_KERNEL = """
 import numpy as np, gpuconv
 for rows in ROWS:

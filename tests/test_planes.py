@@ -130,6 +130,22 @@ def test_results_past_the_caches(monkeypatch, shift):
     assert np.count_nonzero(np.isnan(memory)) == 32
 
 
+@pytest.mark.parametrize("rows", [1, 1000])
+def test_how_many_lines_are_copied_together_changes_no_bit(monkeypatch, rows):
+    x, k, bias = operands_of((1, 2, 203, 70), (2, 1, 5, 5))
+    wanted = convolved(planes, x, k, bias, padding=2, groups=2)
+    strided = np.repeat(x, 2, axis=3)[..., ::2]
+    monkeypatch.setattr(planes, "_COPIED_ROWS", rows)
+    monkeypatch.setattr(planes, "ALONE", 0)
+    out = np.empty((*wanted.shape, 2), np.float32)[..., 0]
+    problem = Conv2dProblem.of(x.shape, k.shape, x_dtype="float32", k_dtype="float32", bias=True, padding=2, groups=2)
+    target = gpuconv.backends.protocol.Target("cpu", threads=2)
+    config = planes._plan_lines(problem, target, 1 << 30).config
+    assert (config["copy"][planes.TALL] > config["table"][planes.HIGH]) == (rows == 1000)
+    convolved(planes, strided, k, bias, out=out, threads=2, padding=2, groups=2)
+    assert np.array_equal(out, wanted)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_little_scratch_gives_the_same_bits(stride):
     """Columns are cut into parts, whose tiles read over the edges of the parts."""

@@ -43,8 +43,8 @@ N, G, O, OH, OW, KW = strip.N, strip.G, strip.O, strip.OH, strip.OW, strip.KW
 HIGH, WIDE, PLACES, PITCH, PER_THREAD = strip.HIGH, strip.WIDE, strip.PLACES, strip.PITCH, strip.PER_THREAD
 ROW_PHASES, COLUMN_PHASES = strip.ROW_PHASES, strip.COLUMN_PHASES
 
-# (rows, vectors) of a tile by the bits of a register, for kernels of few rows and of many. With AVX2, of 12 sums, 6 × 2
-# over 4 × 3: 9×9 1.26, 15×15 1.10 to 1.14, 31×31 1.20; there are fewer lines that meet less than all rows.
+# (rows, vectors) of a tile by the bits of a register, for kernels of few rows and of many. With AVX2, of 12 sums, 4 × 3
+# over 6 × 2: 9×9 1.16, 15×15 1.08, 31×31 1.11; there are fewer loads.
 _LOW = {512: (4, 6), 256: (4, 2), 128: (4, 2)}
 _TALL = {512: (6, 4), 256: (4, 3), 128: (6, 2)}
 _MANY = 6
