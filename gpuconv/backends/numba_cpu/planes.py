@@ -107,9 +107,9 @@ def tile_of(problem: Conv2dProblem, lanes: Lanes) -> tuple[int, int]:
     if lanes.bits == 512:
         return (8, 2) if problem.OW > lanes.count else (14 if problem.OH > 8 else 8, 1)
     across = problem.stride[1]
-    # Of wide images, whose lines are often a power of two apart, the first-level cache holds few lines.
+    # Of wide images, whose lines are often a power of two apart, the first-level cache holds few: eight, of stride 1.
     if problem.OW >= _WIDE * lanes.count:
-        return max(4, (_REGISTERS - 2 * across - problem.KH) // 2), 2
+        return max(4, min((_REGISTERS + 1 - 2 * across - problem.KH) // 2, 9 - problem.KH)), 2
     most = max(7, min(10, _REGISTERS - 2 - problem.KH - across))
     bands = -(-problem.OH // most)
     # Only whole tiles are inside.
