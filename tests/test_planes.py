@@ -130,6 +130,18 @@ def test_results_past_the_caches(monkeypatch, shift):
     assert np.count_nonzero(np.isnan(memory)) == 32
 
 
+def test_lines_a_page_apart_are_copied_and_change_no_bit(monkeypatch):
+    x, k, bias = operands_of((1, 1, 40, 1024), (1, 1, 7, 7))
+    wanted = convolved(planes, x, k, bias, padding=3)
+    copied: list[bool] = []
+    collides = planes._collides
+    monkeypatch.setattr(planes, "_collides", lambda *given: copied.append(collides(*given)) or copied[-1])
+    apart = np.pad(x, ((0, 0), (0, 0), (0, 0), (0, 8)))[..., :1024]
+    assert np.array_equal(convolved(planes, x, k, bias, padding=3, threads=2), wanted)
+    assert np.array_equal(convolved(planes, apart, k, bias, padding=3, threads=2), wanted)
+    assert copied == [runtime.vector_bits() < 512, False]
+
+
 @pytest.mark.parametrize("rows", [1, 1000])
 def test_how_many_lines_are_copied_together_changes_no_bit(monkeypatch, rows):
     x, k, bias = operands_of((1, 2, 203, 70), (2, 1, 5, 5))
