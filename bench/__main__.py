@@ -223,9 +223,12 @@ def _rows(options: dict[str, Any]) -> list[Row]:
     from bench import layers
 
     try:
-        if options["lines"]:
-            return layers.from_lines(options["lines"])
         form = {key: options[key] for key in ("batch", "dtype", "layout", "precision")}
+        if options["lines"]:
+            if form != {"batch": None, "dtype": "float32", "layout": "NCHW", "precision": "highest"}:
+                names = ", ".join(f"--{name}" for name in form)
+                raise ValueError(f"{names} are for suites; a problem line has its own, like n4c3h9w9_o8kh3kw3_high_f32")
+            return layers.from_lines(options["lines"])
         return layers.load(options["suites"] or layers.suites(), **form)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None

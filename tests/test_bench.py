@@ -464,6 +464,7 @@ def test_event_clock_queues_idle_work_first():
         (["cpu", "--peers", "matlab"], "no peer matlab"),
         (["cpu", "--backend", "jax"], "backend must be one of"),
         (["cpu", "--problem", "7x7"], "no problem line"),
+        (["cpu", "--problem", "n1c1h4w4_o1kh3kw3_f32", "--precision", "high"], "a problem line has its own"),
     ],
 )
 def test_wrong_options_are_explained(arguments, message, monkeypatch):
