@@ -55,7 +55,7 @@ _WIDE = 64
 _FAR, _ABREAST = 1024, 8
 # Bytes from line to line, or a multiple, that put all lines of an image in one place of the first-level cache, and the
 # kernel rows beyond which a tile has more lines than fit there. 2048²: 7×7 1.1 times as fast from a copy, 5×5 0.8.
-_SAME_PLACE, _LINES = 4096, 5
+_SAME_PLACE, _ROOM = 4096, 5
 # Rows of outputs whose lines are copied together, and the most bytes of them. Against a row of tiles after the other,
 # which copies some lines for each again: bytes 1.05 to 1.2 times as fast, other columns 1 to 1.1 times (AVX2).
 _COPIED_ROWS, _COPIED = 16, 1 << 18
@@ -126,7 +126,7 @@ def _streams(problem: Conv2dProblem, lanes: Lanes) -> bool:
 
 def _collides(problem: Conv2dProblem, lanes: Lanes, x: Any) -> bool:
     """Whether the lines of a tile push each other out of the first-level cache, which take less to copy."""
-    return bool(lanes.bits < 512 and problem.KH > _LINES and problem.stride[0] == 1 and x.strides[3] % _SAME_PLACE == 0)
+    return bool(lanes.bits < 512 and problem.KH > _ROOM and problem.stride[0] == 1 and x.strides[3] % _SAME_PLACE == 0)
 
 
 def _dilated(problem: Conv2dProblem) -> bool:
