@@ -257,9 +257,9 @@ _Byte = ctypes.c_char
 
 # Results from this many bytes on begin apart from the image they are made of, by so many bytes, as far as the last
 # twelve bits of addresses go. Only these does a processor compare before it reads what may still wait to be written.
-# NumPy's large arrays all begin at the same place of a page, so that an image whose rows are some pages apart (1024, 2048
-# or 4096 float32) has each row of results meet all its rows. From the worst distance to this one, 512 rows of 2048 or
-# 1024: 3×3 2.4 times as fast, 5×5 1.7, 7×7 1.4 (Zen 3). It suits rows of half and quarter pages as well.
+# NumPy's large arrays all begin at the same place of a page, so that an image whose rows are some pages apart (1024,
+# 2048 or 4096 float32) has each row of results meet all its rows. From the worst distance to this one, 512 rows of 2048
+# or 1024: 3×3 2.4 times as fast, 5×5 1.7, 7×7 1.4 (Zen 3). It suits rows of half and quarter pages as well.
 _APART, _APART_BY = 1 << 18, 1536
 _PAGE = 4096
 
