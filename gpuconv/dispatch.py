@@ -37,6 +37,7 @@ TABLE = (
     "numba_cpu.spread",
     "numba_cpu.planes",
     "numba_cpu.lanes",
+    "numba_cpu.fft",
     "numba_cpu.rows",
     "numba_cpu.interleaved",
     "numba_cpu.channels",
