@@ -29,12 +29,14 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
     first = problem.layout == "NCHW"
     depthwise = channels == outputs == 1 and problem.groups > 1
     apart = problem.KH > 1 and problem.dilation[0] > 1  # kernel rows, each of which takes planes a call
+    transformed = _transformed(problem, channels, outputs)
     return [
         (
             "numba_cpu.separable",
-            first and channels == 1 and _separable(problem),
+            first and channels == 1 and _separable(problem) and not (transformed and problem.KH + problem.KW > 90),
             "an outer product of a column and a row, at less than the highest precision: one after the other",
         ),
+        ("numba_cpu.fft", transformed, "a large kernel: Fourier transforms"),
         (
             "numpy.fft",
             _fft(problem, channels, outputs),
@@ -184,6 +186,16 @@ def _separable(problem: Conv2dProblem) -> bool:
     taps, both = problem.KH * problem.KW, problem.KH + problem.KW
     saved = problem.O * problem.OH * problem.OW * (taps - 3 * both)
     return problem.op == "forward" and problem.precision != "highest" and problem.OW > 56 and saved >= 5e7
+
+
+def _transformed(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
+    # In products of one image, so that a batch runs as its images do, of which a thread with AVX2 makes 40 in a
+    # nanosecond: what is saved, less what the transforms of the images and of the kernels cost, and a call.
+    taps, kernels = problem.KH * problem.KW, channels * outputs
+    rows, columns = problem.result_shape[2:]
+    saved = problem.groups * rows * columns * (kernels * (taps - 10) - 90 * (channels + outputs))
+    saved -= problem.groups * kernels * (2000 * taps + 120_000)
+    return problem.KH >= 8 and kernels * problem.groups <= 256 and saved >= 2e7
 
 
 def _fft(problem: Conv2dProblem, channels: int, outputs: int) -> bool:

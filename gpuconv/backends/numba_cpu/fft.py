@@ -69,8 +69,8 @@ class Tile(NamedTuple):
         return (-(-problem.OH // self.high) * -(-problem.OW // self.wide) + 1) // 2
 
 
-def _tiles(problem: Conv2dProblem) -> list[Tile]:
-    """All tiles, those of least work first: a matter of the image's own sizes alone."""
+def _tile(problem: Conv2dProblem) -> Tile:
+    """The tile of least work: a matter of the image's own sizes alone."""
     C, O = problem.C // problem.groups, problem.O // problem.groups
 
     def sizes(outputs: int, taps: int) -> list[int]:
@@ -90,7 +90,7 @@ def _tiles(problem: Conv2dProblem) -> list[Tile]:
         for TH in sizes(problem.OH, problem.KH)
         for TW in sizes(problem.OW, problem.KW)
     ]
-    return sorted(found, key=lambda tile: (work(tile), tile))
+    return min(found, key=lambda tile: (work(tile), tile))
 
 
 def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
@@ -100,28 +100,25 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
 
 def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     lanes = Lanes.of("float64", target.vector_bits or runtime.vector_bits())
-    sizes = {tile: table.Sizes.of(problem, tile.TH, tile.TW, lanes) for tile in _tiles(problem)}
+    # Not a matter of the limit: other tiles, other roundings.
+    tile = _tile(problem)
+    sizes = table.Sizes.of(problem, tile.TH, tile.TW, lanes)
     C, taps = problem.C // problem.groups, problem.KH * problem.KW
+    # Facts are found of the kernels' magnitudes in float64 and of what they are least in each cell.
+    facts = 4 * problem.O * C * taps
     tables = 2 * (problem.OH + problem.OW + problem.KH + 2 * problem.KW) + 4 * runtime.TABLE + (2 + C) * taps
-
-    def scratch(tile: Tile) -> int:
-        # Facts are found of the kernels' magnitudes in float64 and of what they are least in each cell.
-        facts = 4 * problem.O * C * taps
-        return 8 * (sizes[tile].packed + target.threads * sizes[tile].each + tables + facts) + 65536
-
-    fitting = [tile for tile in sizes if scratch(tile) <= limit]
-    if not fitting:
-        raise schedule.shortage(f"{NAME} on {problem}", min(map(scratch, sizes)), limit)
-    tile = fitting[0]
+    scratch = 8 * (sizes.packed + target.threads * sizes.each + tables + facts) + 65536
+    if scratch > limit:
+        raise schedule.shortage(f"{NAME} on {problem}", scratch, limit)
     tasks = problem.N * problem.groups * tile.pairs(problem)
     threads = min(target.threads, max(1, tasks))
     detail = f"tiles of {tile.TH}×{tile.TW} pixels for {tile.high}×{tile.wide} outputs, {lanes}"
     passes, order = table.order_of(problem.KH, problem.KW)
     config = {
-        "lanes": lanes, "tile": tile, "sizes": sizes[tile], "passes": passes, "order": order, "threads": threads,
+        "lanes": lanes, "tile": tile, "sizes": sizes, "passes": passes, "order": order, "threads": threads,
         "alone": tasks <= 1, "choice": fft_certain.Choice.of(C, problem.KH, problem.KW, tile.TH, tile.TW),
     }  # fmt: skip
-    return Plan(problem, scratch(tile), "float64", detail, config)
+    return Plan(problem, scratch, "float64", detail, config)
 
 
 def kernel_name(plan: Plan) -> str:
@@ -227,12 +224,7 @@ class Bound:
         arguments[table.IN_PLACE_X], arguments[table.IN_PLACE_Y] = (
             array.strides[4] == array.itemsize and array.strides[3] % array.itemsize == 0 for array in (x, out)
         )
-        # The windows of sums product by product are of float32.
-        direct, constant = arguments.copy(), dense.constant(problem, Lanes.of("float32", self.lanes.bits))
-        direct[strip.FILL], direct[strip.PITCH] = constant.ctypes.data, config["sizes"].line
-        arguments[table.DIRECT] = direct.ctypes.data
-        entries = arguments[runtime.ARRAYS :]
-        self.task = runtime.Task(_kernel(plan), entries, config["threads"], (kept, direct, constant))
+        self.task = runtime.Task(_kernel(plan), arguments[runtime.ARRAYS :], config["threads"], kept)
         self.fill = dense.constant(problem, self.lanes)
         self.finish = dense.finishing(problem, None, problem.O // problem.groups, 0, self.lanes)
 

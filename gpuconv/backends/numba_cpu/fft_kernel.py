@@ -31,31 +31,31 @@ FACTS_AT, WEIGHTS_AT, SCALE, KERNELS = table.FACTS_AT, table.WEIGHTS_AT, table.S
 _TILE = {512: (4, 6), 256: (4, 3), 128: (4, 2)}
 
 
-def _sums(lanes: Lanes, x_dtype: str, y_dtype: str) -> Any:
-    """A function that sums a tile of y product by product: sum_up(arguments, memory, image, target, a, i0, high, j0,
-    wide, bias); the weights at ``a`` and the bias, with the least result behind it, of float32.
+def _sums(lanes: Lanes, y_dtype: str, fill: Any) -> Any:
+    """A function that sums a tile of y product by product, in float32: sum_up(arguments, memory, window, image, target,
+    a, i0, high, j0, wide, bias); the weights at ``a`` and the bias, with the least result behind it, of float32.
     """
-    height, vectors = _TILE[lanes.bits]
-    width, lane_count = vectors * lanes.count, lanes.count
-    full, one = (row_tile(lanes, height, count, (0,)) for count in (vectors, 1))
-    fill = strip.filler(lanes, x_dtype)
-    _, write, _ = rows(lanes, y_dtype)
+    single = Lanes.of("float32", lanes.bits)
+    height, vectors = _TILE[single.bits]
+    width, lane_count = vectors * single.count, single.count
+    full, one = (row_tile(single, height, count, (0,)) for count in (vectors, 1))
+    _, narrow, _ = rows(lanes, "float32")
+    _, write, _ = rows(single, y_dtype)
     line_at, passes_at, pass_count, finished = table.LINE, table.PASSES, table.PASS_COUNT, table.FINISHED
     shift, first, count, taps, weight, size = (
         table.SHIFT, table.FIRST, table.COUNT, table.ROWS, table.WEIGHT, 8 * table.PASS,
     )  # fmt: skip
-    ramp, direct = table.RAMP, table.DIRECT
+    ramp = table.RAMP
 
     @compiled
-    def sum_up(arguments, memory, image, target, a, i0, high, j0, wide, bias):
+    def sum_up(arguments, memory, window, image, target, a, i0, high, j0, wide, bias):
         line, channels, all_taps = get(arguments, line_at), get(arguments, C), get(arguments, KH) * get(arguments, KW)
         sums = memory + 4 * line * (get(arguments, TH) + 8)
-        columns, passes = get(arguments, ramp), get(arguments, pass_count)
+        columns, passes, read = get(arguments, ramp), get(arguments, pass_count), wide + get(arguments, KW) - 1
         for c in range(channels):
-            fill(
-                get(arguments, direct), memory, image + c * get(arguments, SXC), 1, i0, high + get(arguments, KH) - 1,
-                j0, wide + get(arguments, KW) - 1, False,
-            )  # fmt: skip
+            for t in range(high + get(arguments, KH) - 1):
+                fill(arguments, window, image + c * get(arguments, SXC), 1, i0 + t, 1, j0, read, False)
+                narrow(memory + 4 * t * line, window, read, 4)
             for index in range(passes):
                 entry = get(arguments, passes_at) + size * index
                 weights = a + 4 * (c * all_taps + get(entry, weight))
@@ -81,9 +81,8 @@ def _sums(lanes: Lanes, x_dtype: str, y_dtype: str) -> Any:
     return sum_up
 
 
-def _images(lanes: Lanes, x_dtype: str) -> Any:
+def _images(lanes: Lanes, x_dtype: str, fill: Any) -> Any:
     """A function that reads a pair of tiles of a channel: read(arguments, z, image, pair, window, cells, numbers)."""
-    fill = strip.filler(lanes, x_dtype)
     load, near, n = fft_tiles.load(lanes, "float64"), fft_tiles.load(lanes, x_dtype), lanes.count
     _, _, repeat = rows(lanes, x_dtype)
     size = SIZE[x_dtype]
@@ -154,7 +153,7 @@ def _kernels(lanes: Lanes) -> Any:
             for t in range(min(CELL, taps - p)):
                 read(window + 8 * t * tw, k + 4 * (p + t) * wide, wide, 4)
             load((z + 16 * n * p, window, window + 8 * CELL * tw, cells, cells + 8 * tw, numbers, tw // n, step, tw))
-        for g in range(tw // n):
+        for g in range((wide + n - 1) // n):
             there(z + 8 * g * step, get(arguments, DOWN), th)
         for r in range(0, th, n):
             turn((work, z + 16 * n * r, 2 * n * n, step, tw // n))
@@ -257,8 +256,8 @@ def _results(lanes: Lanes, y_dtype: str) -> Any:
 def kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
     """The kernel, of (arguments, thread, threads)."""
     n = lanes.count
-    read, transform = _images(lanes, x_dtype), _kernels(lanes)
-    sum_up = _sums(Lanes.of("float32", lanes.bits), x_dtype, y_dtype)
+    fill = strip.filler(lanes, x_dtype)
+    read, transform, sum_up = _images(lanes, x_dtype, fill), _kernels(lanes), _sums(lanes, y_dtype, fill)
     is_certain, bring_back = _certain(lanes), _results(lanes, y_dtype)
     there, back = fft_stages.transforms(lanes)
     turn, lay = fft_stages.turned(lanes), fft_stages.laid(lanes)
@@ -277,7 +276,7 @@ def kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
         there(work, get(arguments, ACROSS), tw)
 
     @compiled
-    def summed(arguments, image, target, which, pair, memory, numbers):
+    def summed(arguments, image, target, which, pair, memory, window, numbers):
         """The outputs of a pair of tiles, product by product."""
         taps = get(arguments, KH) * get(arguments, KW)
         a = get(arguments, PACKED) + 8 * get(arguments, WEIGHTS_AT) + 4 * which * get(arguments, C) * taps
@@ -290,8 +289,8 @@ def kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
             high = min(get(arguments, HIGH), get(arguments, OH) - i)
             if high > 0:
                 sum_up(
-                    arguments, memory, image, target + i * get(arguments, SYH) + j * get(arguments, SYW), a, i, high,
-                    j, min(wide, get(arguments, OW) - j), numbers + offset,
+                    arguments, memory, window, image, target + i * get(arguments, SYH) + j * get(arguments, SYW), a, i,
+                    high, j, min(wide, get(arguments, OW) - j), numbers + offset,
                 )  # fmt: skip
 
     @compiled
@@ -357,7 +356,7 @@ def kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
                 multiplied(arguments, which, memory, result, work)
                 bring_back(arguments, result, pair, to, window, noise, get(arguments, FINISH) + 8 * (2 + which))
             else:
-                summed(arguments, image, to, which, pair, result, numbers)
+                summed(arguments, image, to, which, pair, result, window, numbers)
 
     def convolve(arguments, thread, threads):
         memory = (get(arguments, SCRATCH) + 8 * thread * get(arguments, PER_THREAD) + 63) // 64 * 64

@@ -16,8 +16,8 @@ from gpuconv.problem import Conv2dProblem
 # The table of arguments is that of ``strip``, whose windows these are, and more: sizes in elements of float64 but for
 # LINE, a line of float32. KERNELS, where it is not 0, are to be transformed, and there is nothing else to do.
 (
-    TH, TW, DOWN, ACROSS, Z, STEP, CELLS, FACTS_AT, WEIGHTS_AT, SCALE, RAMP, PASS_COUNT, DIRECT, LINE,
-) = range(strip.END, strip.END + 14)  # fmt: skip
+    TH, TW, DOWN, ACROSS, Z, STEP, CELLS, FACTS_AT, WEIGHTS_AT, SCALE, RAMP, PASS_COUNT, LINE,
+) = range(strip.END, strip.END + 13)  # fmt: skip
 # In the places of what windows have no use for.
 KERNELS, PASSES, FINISHED, H, W, TOP, LEFT, IN_PLACE_X, IN_PLACE_Y = (
     strip.RAW, strip.OFFSETS, strip.SUMS, strip.SKG, strip.SKO, strip.SKC, strip.SKP, strip.SKQ, strip.KC,
