@@ -38,6 +38,7 @@ TABLE = (
     "numba_cpu.planes",
     "numba_cpu.lanes",
     "numba_cpu.fft",
+    "numba_cpu.fft_lines",
     "numba_cpu.rows",
     "numba_cpu.interleaved",
     "numba_cpu.channels",

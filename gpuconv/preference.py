@@ -38,6 +38,11 @@ def on_cpu(problem: Conv2dProblem) -> list[Rule]:
         ),
         ("numba_cpu.fft", transformed, "a large kernel: Fourier transforms"),
         (
+            "numba_cpu.fft_lines",
+            _transformed_lines(problem, channels, outputs),
+            "a long kernel of one row: Fourier transforms",
+        ),
+        (
             "numpy.fft",
             _fft(problem, channels, outputs),
             "a large kernel at less than the highest precision: Fourier transforms",
@@ -196,6 +201,17 @@ def _transformed(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
     saved = problem.groups * rows * columns * (kernels * (taps - 10) - 90 * (channels + outputs))
     saved -= problem.groups * kernels * (2000 * taps + 120_000)
     return problem.KH >= 8 and kernels * problem.groups <= 256 and saved >= 2e7
+
+
+def _transformed_lines(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
+    # As above. Of a signal, which has one row, a tile of several rows of one channel makes no use of the others, and
+    # there is one thread: numba_cpu.planes takes 8 to 16 times as long for a product.
+    taps, kernels = problem.KW, channels * outputs
+    rows, columns = problem.result_shape[2:]
+    waste = 16 if rows == channels == 1 else 1
+    saved = problem.groups * rows * columns * (waste * kernels * (taps - 12) - 150 * (channels + outputs))
+    saved -= problem.groups * kernels * (3000 * taps + 200_000)
+    return problem.KH == 1 and kernels * problem.groups <= 256 and saved >= 2e7
 
 
 def _fft(problem: Conv2dProblem, channels: int, outputs: int) -> bool:

@@ -196,6 +196,7 @@ BUDGETS: dict[str, dict[str, tuple[Any, ...]]] = {
     "pixels": {"_ALONE": (0,), "_INPUTS": (1, 3000), "_PRODUCTS": (40, 400), "_PIXELS": (1, 7, 50),
                "_CACHED": tuple(dict.fromkeys((512, 256, 128), (size, size)) for size in (0, 1 << 30))},
     "fft": {"_SIZES": ((64,), (32, 64, 512), (128, 256, 512))},
+    "fft_lines": {"_LENGTHS": ((128,), (256, 4096), tuple(1 << digits for digits in range(6, 17)))},
     "rows": {"_IN_PLACE": (1, 20), "_WINDOW": (1, 9000)},
     "planes": {"_LINE": (1, 400), "_STREAM": (0,), "_APART": (1, 1000), "ALONE": (0,)},
     "spread": {"_LINES": (1, 400), "ALONE": (0,)},
@@ -222,7 +223,9 @@ def sizes(rng: random.Random, name: str) -> dict[str, Any]:
         KH, KW = rng.choice((4, 5, 7, 9, 15, 31)), rng.choice((4, 5, 7, 9, 15, 31))
     if kind == "fft":
         KH = rng.choice((8, 9, 11, 12, 15, 31))
-    plain = kind in ("winograd", "separable", "fft")
+    elif kind == "fft_lines":
+        KH, KW = 1, rng.choice((8, 9, 11, 15, 31, 100))
+    plain = kind in ("winograd", "separable", "fft", "fft_lines")
     stride = (1, 1) if plain or rng.random() < 0.5 else (rng.randint(1, 3), rng.randint(1, 3))
     dilation = (1, 1) if plain or rng.random() < 0.6 else (rng.randint(1, 3), rng.randint(1, 3))
     if kind in ("rows", "interleaved") or (kind == "planes" and stride[0] > 1):
@@ -232,7 +235,7 @@ def sizes(rng: random.Random, name: str) -> dict[str, Any]:
     C, O = rng.choice(CHANNELS), rng.choice(CHANNELS)
     if rng.random() < 0.12:
         C = rng.choice((0, 100, 128, 131, 150, 257, 300, 330))
-    if kind == "fft":
+    if kind in ("fft", "fft_lines"):
         C, O = rng.choice((1, 1, 2, 3, 5)), rng.choice((1, 1, 2, 3, 5))
     if kind == "interleaved":
         stride = (stride[0], 1)

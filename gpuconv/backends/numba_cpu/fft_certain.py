@@ -23,6 +23,7 @@ What is no larger than E is zero: integers and flat images give the zeros that a
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -75,11 +76,10 @@ def facts(k: Any, TH: int, TW: int, choice: Choice) -> np.ndarray[Any, Any]:
     found[:, ABSOLUTE] = (8 * (TH * TW).bit_length() + C) * 2.0**-53 * norms
     found[:, RELATIVE] = found[:, ABSOLUTE] / _ALLOWED
 
-    # The least of the weights that may meet the largest pixel of cell t.
-    cells = _cells(KH)
-    weights = np.stack(
-        [size[..., CELL * t + 1 : CELL * t + 2 * CELL, :].min(axis=3) for t in range(cells)], axis=3
-    )  # (G, O, C, cells, KW)
+    # The least of the seven weights that may meet the largest pixel of cell t, from row 4·t + 1 on.
+    last = CELL * (_cells(KH) - 1)
+    rows = [size[..., start : start + last + 1 : CELL, :] for start in range(1, 2 * CELL)]
+    weights = functools.reduce(np.minimum, rows)  # (G, O, C, cells, KW)
     weights = weights.reshape(G * O, -1)[:, choice.weights]
     everyone, start = np.arange(G * O), 0
     for point, end in enumerate(choice.ends):

@@ -69,11 +69,15 @@ class _Emitter:
         real = e.fma(a[0], b[0], builder.fneg(builder.fmul(a[1], b[1])))
         return real, e.fma(a[1], b[0], builder.fmul(a[0], b[1]))
 
+    def factor(self, table: Value, index: Value) -> Complex:
+        """A single complex number, in every lane; ``index`` in elements."""
+        place = self.e.at(table, index)
+        return self.e.splat(self.builder.load(place)), self.e.splat(self.builder.load(self.e.at(place, 1)))
+
     def factors(self, table: Value, j: Value) -> list[Complex]:
         """The three twiddle factors of j ≥ 1."""
-        place = self.e.at(table, self.builder.mul(self.builder.sub(j, I64(1)), I64(6)))
-        numbers = [self.e.splat(self.builder.load(self.e.at(place, i))) for i in range(6)]
-        return [(numbers[2 * i], numbers[2 * i + 1]) for i in range(3)]
+        place = self.builder.mul(self.builder.sub(j, I64(1)), I64(6))
+        return [self.factor(table, self.builder.add(place, I64(2 * i))) for i in range(3)]
 
 
 def _stage(e: Emitter, z: Value, table: Value, quarter: Value, parts: Value, back: bool) -> None:
@@ -254,3 +258,38 @@ def _conjugate(e: Emitter, to: Value, z: Value, scale: Value, count: Value) -> N
 def conjugate(lanes: Lanes) -> Any:
     """A function of (to, z, scale, count): the conjugate of z times the number at ``scale``."""
     return routine(f"fft_conjugate_{lanes}", lanes, "eeei", _conjugate)
+
+
+def order(length: int) -> np.ndarray[Any, Any]:
+    """The frequency of each number of a transform."""
+    if length < 4:
+        return np.arange(length)
+    part = 4 * order(length // 4)
+    return np.concatenate([part + m for m in range(4)])
+
+
+def _scale(e: Emitter, to: Value, z: Value, k: Value, count: Value, more: bool) -> None:
+    c, builder = _Emitter(e), e.builder
+
+    def one(j: Value) -> None:
+        value = c.mul(c.load(z, j), c.factor(k, builder.mul(j, I64(2))))
+        c.store(c.add(c.load(to, j), value) if more else value, to, j)
+
+    e.loop(0, count, 1, one)
+
+
+def _scale_in_place(e: Emitter, z: Value, k: Value, count: Value) -> None:
+    c = _Emitter(e)
+    e.loop(0, count, 1, lambda j: c.store(c.mul(c.load(z, j), c.factor(k, e.builder.mul(j, I64(2)))), z, j))
+
+
+@functools.lru_cache(maxsize=16)
+def scaled(lanes: Lanes) -> Products:
+    """Products of all lanes of an image with single numbers k: product(z, k, count), and of (to, z, k, count) first and
+    more.
+    """
+    first, more = (
+        routine(f"fft_scale{more:d}_{lanes}", lanes, "eeei", functools.partial(_scale, more=more))
+        for more in (False, True)
+    )
+    return Products(routine(f"fft_scale_{lanes}", lanes, "eei", _scale_in_place), first, more)

@@ -7,6 +7,7 @@ are the real and the imaginary part of what comes back.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -79,15 +80,21 @@ def load(lanes: Lanes, stored: str) -> Any:
     return routine(f"fft_load_{lanes}_{stored}", lanes, f"e{letter * 2}eeeiii", functools.partial(_load, stored=stored))
 
 
-def _store(e: Emitter, a: Value, b: Value, z: Value, noise: Value, bias: Value, floor: Value, rows: Value,
-           groups: Value, step: Value, pitch: Value, stored: str) -> None:  # fmt: skip
-    builder, n = e.builder, e.lanes.count
+def _finished(e: Emitter, noise: Value, bias: Value, floor: Value) -> Callable[[Value], Value]:
+    builder = e.builder
     least, offset, lowest = (e.splat(builder.load(number)) for number in (noise, bias, floor))
 
     def finished(value: Value) -> Value:
         value = builder.select(builder.fcmp_ordered("<=", _magnitude(e, value), least), e.zero, value)
         value = builder.fadd(value, offset)
         return builder.select(builder.fcmp_ordered("<", value, lowest), lowest, value)
+
+    return finished
+
+
+def _store(e: Emitter, a: Value, b: Value, z: Value, noise: Value, bias: Value, floor: Value, rows: Value,
+           groups: Value, step: Value, pitch: Value, stored: str) -> None:  # fmt: skip
+    builder, n, finished = e.builder, e.lanes.count, _finished(e, noise, bias, floor)
 
     def column(g: Value) -> None:
         here, to = e.at(z, builder.mul(g, step)), builder.mul(g, I64(n))
@@ -143,3 +150,43 @@ def least(lanes: Lanes) -> Any:
     for each the place of its cell and its weight.
     """
     return routine(f"fft_least_{lanes}", lanes, "eeeiii", _least)
+
+
+def _measure(e: Emitter, z: Value, cells_a: Value, cells_b: Value, energy: Value, count: Value) -> None:
+    builder, n = e.builder, e.lanes.count
+    least = e.at(energy, n)
+
+    def cell(b: Value) -> None:
+        here, place = e.at(z, builder.mul(b, I64(2 * n * CELL))), builder.mul(b, I64(n))
+        squares, dark = e.load(energy), e.load(least)
+        for which, cells in enumerate((cells_a, cells_b)):
+            values = [e.load(e.at(here, 2 * n * row + n * which)) for row in range(CELL)]
+            largest, everything = _magnitude(e, values[0]), values[0]
+            for value in values[1:]:
+                largest, everything = _larger(e, largest, _magnitude(e, value)), builder.fadd(everything, value)
+            e.store(largest, e.at(cells, place))
+            squares = e.fma(everything, e.zero, e.fma(largest, largest, squares))
+            dark = builder.select(builder.fcmp_ordered("<", largest, dark), largest, dark)
+        e.store(squares, energy)
+        e.store(dark, least)
+
+    e.loop(0, count, 1, cell)
+
+
+@functools.lru_cache(maxsize=16)
+def measure(lanes: Lanes) -> Any:
+    """A function of (z, cells_a, cells_b, energy, count): what ``load`` finds out, of ``count`` cells of complex
+    numbers, one below the other at z.
+    """
+    return routine(f"fft_measure_{lanes}", lanes, "eeeei", _measure)
+
+
+def _finish(e: Emitter, values: Value, noise: Value, bias: Value, floor: Value, count: Value) -> None:
+    finished = _finished(e, noise, bias, floor)
+    e.loop(0, count, e.lanes.count, lambda i: e.store(finished(e.load(e.at(values, i))), e.at(values, i)))
+
+
+@functools.lru_cache(maxsize=16)
+def finish(lanes: Lanes) -> Any:
+    """A function of (values, noise, bias, floor, count): what ``store`` does to values, in place."""
+    return routine(f"fft_finish_{lanes}", lanes, "eeeei", _finish)
