@@ -173,7 +173,8 @@ def of_request(
     dtype = dtypes.numpy_dtype(problem.y_dtype)
     if out is not None and not out.dtype.isnative:
         return None
-    out = request.view(problem, 2, np.empty(asked.shape, dtype) if out is None else out)
+    out = np.empty(asked.shape, dtype) if out is None else out
+    out = request.view(problem, 2, out if asked.lift is None else asked.lift(out))
     packed = None
     if "parts" in choice.plan.config:
         phased = _Phases(implementation, choice.plan, x, k, out)
@@ -190,7 +191,7 @@ def _plain(asked: request.Request, problem: Conv2dProblem) -> bool:
     arrays = [operand.array for operand in (asked.first, asked.second, asked.bias) if operand is not None]
     return (
         problem.op in ("forward", "input_grad", "weight_grad")
-        and asked.lift is None
+        and (asked.lift is None or problem.op == "forward")
         and not problem.flip
         and bool(problem.result_size and problem.products)
         and all(type(array) is np.ndarray and array.dtype.isnative for array in arrays)

@@ -263,8 +263,8 @@ def test_a_least_sum_is_no_larger_than_the_sum():
         assert facts[fft_certain.TOTAL] == pytest.approx(placed[:, 1].sum()) and placed[:, 1].sum() > 0
         for i, j in itertools.product(range(high), range(wide)):
             at = i // 4 * TW + j
-            found = sum(cells.ravel()[at + int(place)] * weight
-                        for place, weight in zip(placed[:, 0].copy().view(np.int64), placed[:, 1], strict=True))  # fmt: skip
+            places = placed[:, 0].copy().view(np.int64)
+            found = (cells.ravel()[at + places] * placed[:, 1]).sum()
             assert found <= sums[i, j] * (1 + 1e-6)
 
 
@@ -331,7 +331,7 @@ def test_what_it_is_worth(x_shape, k_shape, worth):
 
 def test_through_the_public_calls():
     rng = np.random.default_rng(5)
-    x, k = rng.standard_normal((2, 3, 260, 250), dtype=np.float32), rng.standard_normal((4, 3, 20, 20), dtype=np.float32)
+    x, k = (rng.standard_normal(shape, dtype=np.float32) for shape in ((2, 3, 260, 250), (4, 3, 20, 20)))
     options: dict[str, Any] = {"padding": 4, "activation": "relu"}
     assert gpuconv.explain(x, k, **options).implementation == fft.NAME
     layer = gpuconv.Conv2d(k, **options)

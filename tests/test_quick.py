@@ -175,3 +175,29 @@ def test_a_transposed_convolution_repeats_too(layout, activation):
     out.flags.writeable = False
     with pytest.raises(ValueError, match="out is read-only"):
         call(x, k, bias, out)
+
+
+@pytest.mark.parametrize("layout", ["NCL", "NLC"])
+def test_a_signal_repeats_too(layout):
+    x = np.random.default_rng(1).standard_normal((2, 4, 50)).astype(np.float32)
+    k, bias = np.random.default_rng(2).standard_normal((6, 2, 5)).astype(np.float32), np.arange(6, dtype=np.float32)
+    x = x if layout == "NCL" else np.ascontiguousarray(x.transpose(0, 2, 1))
+
+    def call(x, k, bias, out=None, **more):
+        return gpuconv.conv1d(x, k, bias, padding=2, groups=2, layout=layout, out=out, **more)
+
+    first = call(x, k, bias)
+    remembered = len(quick._ready)
+    for other in (x, 2 * x, x):
+        assert (call(other, k, bias).tobytes() == first.tobytes()) == (other is x)
+    assert len(quick._ready) == remembered > 0
+    assert np.allclose(first, call(x, k, bias, backend="numpy.reference"), atol=1e-5)
+    assert not np.array_equal(call(x, k, bias + 1), first)
+    out = np.full_like(first, np.nan)
+    for _ in range(2):
+        assert call(x, k, bias, out) is out and out.tobytes() == first.tobytes()
+    with pytest.raises(ValueError, match="padding_mode"):
+        call(x, k, bias, padding_mode="mirror")
+    signal = np.arange(5, dtype=np.float32)
+    for _ in range(2):
+        assert gpuconv.conv1d(signal, signal[:2]).shape == (4,)

@@ -12,14 +12,13 @@ The channels are summed before the transform back, so that C images and O result
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpuconv import schedule
-from gpuconv.backends.numba_cpu import axes, dense, fft_certain, fft_kernel, fft_stages, runtime, strip
+from gpuconv.backends.numba_cpu import axes, dense, fft_bound, fft_certain, fft_kernel, runtime, strip
 from gpuconv.backends.numba_cpu import fft_table as table
 from gpuconv.backends.numba_cpu.vectors import Lanes
 from gpuconv.backends.protocol import Operands, Plan, Target
@@ -44,11 +43,7 @@ _TAPS = 256
 
 def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     """Why it cannot run ``problem``."""
-    reasons = dense.unsupported(problem, target)
-    if not reasons and (problem.sum_dtype != "float32" or problem.y_dtype == "float64"):
-        reasons.append(f"it is for sums in float32, not {problem.sum_dtype}")
-    if problem.stride != (1, 1) or problem.dilation != (1, 1):
-        reasons.append("it is for kernels without stride and dilation")
+    reasons = fft_bound.unsupported(problem, target)
     if problem.KH < fft_certain.LEAST:
         reasons.append(f"it is for kernels of at least {fft_certain.LEAST} rows")
     if max(problem.KH, problem.KW) > _TAPS:
@@ -144,7 +139,7 @@ def pack(plan: Plan, operands: Operands) -> Any:
         packed[sizes.facts : sizes.weights] = fft_certain.facts(k, tile.TH, tile.TW, config["choice"]).ravel()
         weights = packed[sizes.weights :].view(np.float32)[: k.size].reshape(G, O, C, KH * KW)
         np.take(k.reshape(G, O, C, KH * KW), config["order"], axis=3, out=weights, mode="clip")
-    stages = _factors(tile.TH), _factors(tile.TW)
+    stages = fft_bound.factors(tile.TH), fft_bound.factors(tile.TW)
     scale = np.array([1 / (tile.TH * tile.TW)])
     entries = {
         table.KERNELS: G * O * C, strip.KH: KH, strip.KW: KW, table.DOWN: stages[0].ctypes.data,
@@ -153,14 +148,9 @@ def pack(plan: Plan, operands: Operands) -> Any:
     arguments = np.zeros(runtime.TABLE, np.int64)
     arguments[list(entries)] = list(entries.values())
     threads = min(config["threads"], G * O * C)
-    task = runtime.Task(_kernel(plan), arguments[runtime.ARRAYS :], threads, (stages, scale))
+    task = runtime.Task(_kernel(plan), arguments[runtime.ARRAYS :].tolist(), threads, (stages, scale))
     task(k, packed, packed, runtime.aligned(threads * sizes.each, "float64"))
     return packed
-
-
-@functools.lru_cache(maxsize=16)
-def _factors(length: int) -> np.ndarray[Any, Any]:
-    return fft_stages.twiddles(length)
 
 
 def _kernel(plan: Plan) -> int:
@@ -198,43 +188,24 @@ def _tables(plan: Plan) -> tuple[Any, Any]:
         strip.ROW_PHASES: 1, strip.COLUMN_PHASES: 1, strip.ROW_SOURCE: rows, strip.COLUMN_SOURCE: columns,
         strip.INSIDE: inside, strip.ROW_EXTENT: down.extent, strip.COLUMN_EXTENT: across.extent, strip.STRIDE: 1,
         strip.BORDER: problem.padding_mode == "constant", table.RAMP: ramp_at, table.PASSES: passes,
-        table.PASS_COUNT: len(config["passes"]), table.DOWN: _factors(tile.TH).ctypes.data,
-        table.ACROSS: _factors(tile.TW).ctypes.data, table.H: problem.H, table.W: problem.W,
+        table.PASS_COUNT: len(config["passes"]), table.DOWN: fft_bound.factors(tile.TH).ctypes.data,
+        table.ACROSS: fft_bound.factors(tile.TW).ctypes.data, table.H: problem.H, table.W: problem.W,
         table.TOP: problem.padding[0][0], table.LEFT: problem.padding[1][0],
         table.FINISHED: problem.bias or problem.activation is not None, **table.shape(sizes),
     }  # fmt: skip
     arguments[list(entries)] = list(entries.values())
-    return arguments, (kept, _factors(tile.TH), _factors(tile.TW))
+    return arguments, (kept, fft_bound.factors(tile.TH), fft_bound.factors(tile.TW))
 
 
-class Bound:
-    """A plan for arrays of certain strides: what is left of a call is to run it."""
+class Bound(fft_bound.Bound):
+    """A plan for arrays of certain strides."""
 
     def __init__(self, plan: Plan, x: Any, k: Any | None, out: Any) -> None:
         """For arrays like ``x``, ``out``, and the kernels ``k`` where they are not packed already."""
-        problem, config, self.plan = plan.problem, plan.config, plan
-        self.form = None if k is None else (k.shape, k.strides)
-        self.lanes, self.scratch = config["lanes"], config["threads"] * config["sizes"].each
-        self.alone = config["alone"]
-        if "tables" not in config:
-            config["tables"] = _tables(plan)
-        arguments, kept = config["tables"]
+        if "tables" not in plan.config:
+            plan.config["tables"] = _tables(plan)
+        arguments, kept = plan.config["tables"]
         arguments = arguments.copy()
-        arguments[strip.SXN : strip.SXN + 10] = *x.strides, *out.strides
-        arguments[table.IN_PLACE_X], arguments[table.IN_PLACE_Y] = (
-            array.strides[4] == array.itemsize and array.strides[3] % array.itemsize == 0 for array in (x, out)
-        )
-        self.task = runtime.Task(_kernel(plan), arguments[runtime.ARRAYS :], config["threads"], kept)
-        self.fill = dense.constant(problem, self.lanes)
-        self.finish = dense.finishing(problem, None, problem.O // problem.groups, 0, self.lanes)
-
-    def __call__(self, x: Any, k: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
-        """Convolve ``x`` into ``out``."""
-        if packed is None:
-            # It may come in its caller's form, which begins at the same place.
-            packed = pack(self.plan, Operands(x, np.lib.stride_tricks.as_strided(k, *self.form)))
-        finish = self.finish
-        if bias is not None:
-            problem = self.plan.problem
-            finish = dense.finishing(problem, bias, problem.O // problem.groups, 0, self.lanes)
-        self.task(x, packed, out, runtime.aligned(self.scratch, "float64"), finish, self.fill)
+        for entry, array in ((table.IN_PLACE_X, x), (table.IN_PLACE_Y, out)):
+            arguments[entry] = array.strides[4] == array.itemsize and array.strides[3] % array.itemsize == 0
+        super().__init__(plan, x, k, out, arguments, kept, _kernel(plan), pack)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv import schedule
-from gpuconv.backends.numba_cpu import axes, dense, fft_certain, fft_lines_kernel, fft_stages, runtime, strip
+from gpuconv.backends.numba_cpu import axes, dense, fft_bound, fft_certain, fft_lines_kernel, fft_stages, runtime, strip
 from gpuconv.backends.numba_cpu import fft_lines_table as table
 from gpuconv.backends.numba_cpu.vectors import Lanes
 from gpuconv.backends.protocol import Operands, Plan, Target
@@ -44,11 +44,7 @@ _TAPS = 1 << 15
 
 def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
     """Why it cannot run ``problem``."""
-    reasons = dense.unsupported(problem, target)
-    if not reasons and (problem.sum_dtype != "float32" or problem.y_dtype == "float64"):
-        reasons.append(f"it is for sums in float32, not {problem.sum_dtype}")
-    if problem.stride != (1, 1) or problem.dilation[1] != 1:
-        reasons.append("it is for kernels without stride and dilation")
+    reasons = fft_bound.unsupported(problem, target)
     if problem.KH != 1 or problem.KW < fft_certain.LEAST:
         reasons.append(f"it is for kernels of one row and at least {fft_certain.LEAST} columns")
     if problem.KW > _TAPS:
@@ -138,11 +134,6 @@ def _order(length: int) -> np.ndarray[Any, Any]:
     return fft_stages.order(length)
 
 
-@functools.lru_cache(maxsize=16)
-def _factors(length: int) -> np.ndarray[Any, Any]:
-    return fft_stages.twiddles(length)
-
-
 def run(plan: Plan, operands: Operands, out: Any) -> None:
     """Write the convolution, or the input gradient, of NumPy operands into ``out``."""
     dense.run(_run, plan, operands, out)
@@ -163,7 +154,7 @@ def _tables(plan: Plan) -> tuple[Any, Any]:
     )
     kept = (
         down.source(), across.source(), np.array(across.inside, np.int64), np.arange(problem.KW, dtype=np.int64),
-        _factors(config["length"]),
+        fft_bound.factors(config["length"]),
     )  # fmt: skip
     rows, columns, inside, ramp, factors = (array.ctypes.data for array in kept)
     arguments = np.zeros(runtime.TABLE, np.int64)
@@ -181,35 +172,15 @@ def _tables(plan: Plan) -> tuple[Any, Any]:
     return arguments, kept
 
 
-class Bound:
-    """A plan for arrays of certain strides: what is left of a call is to run it."""
+class Bound(fft_bound.Bound):
+    """A plan for arrays of certain strides."""
 
     def __init__(self, plan: Plan, x: Any, k: Any | None, out: Any) -> None:
         """For arrays like ``x``, ``out``, and the kernels ``k`` where they are not packed already."""
-        problem, config, self.plan = plan.problem, plan.config, plan
-        self.form = None if k is None else (k.shape, k.strides)
-        self.lanes, self.scratch = config["lanes"], config["threads"] * config["sizes"].each
-        self.alone = config["alone"]
-        if "tables" not in config:
-            config["tables"] = _tables(plan)
-        arguments, kept = config["tables"]
-        arguments = arguments.copy()
-        arguments[strip.SXN : strip.SXN + 10] = *x.strides, *out.strides
-        lanes = self.lanes
+        if "tables" not in plan.config:
+            plan.config["tables"] = _tables(plan)
+        problem, lanes = plan.problem, plan.config["lanes"]
         kernel = runtime.kernel(
             kernel_name(plan), lambda: fft_lines_kernel.kernel(lanes, problem.x_dtype, problem.y_dtype)
         )
-        self.task = runtime.Task(kernel, arguments[runtime.ARRAYS :], config["threads"], kept)
-        self.fill = dense.constant(problem, lanes)
-        self.finish = dense.finishing(problem, None, problem.O // problem.groups, 0, lanes)
-
-    def __call__(self, x: Any, k: Any, packed: Any | None, bias: Any | None, out: Any) -> None:
-        """Convolve ``x`` into ``out``."""
-        if packed is None:
-            # It may come in its caller's form, which begins at the same place.
-            packed = pack(self.plan, Operands(x, np.lib.stride_tricks.as_strided(k, *self.form)))
-        finish = self.finish
-        if bias is not None:
-            problem = self.plan.problem
-            finish = dense.finishing(problem, bias, problem.O // problem.groups, 0, self.lanes)
-        self.task(x, packed, out, runtime.aligned(self.scratch, "float64"), finish, self.fill)
+        super().__init__(plan, x, k, out, *plan.config["tables"], kernel, pack)

@@ -22,6 +22,8 @@ _PROBLEMS = (
     "n1c1h40w80_o1kh3kw3_p1",
     "n1c1h40w80_o1kh5kw5_p2",
     "n1c1h40w80_o1kh7kw7_p3",
+    "n1c1h40w80_o1kh9kw9_p4",
+    "n1c1h1w400_o1kh1kw65_p0x32",
 )
 # Of implementations that serve input gradients alone.
 _INPUT_GRADIENTS = ("n2c20h9w9_o20kh3kw3_s2p1g20",)
