@@ -183,4 +183,5 @@ class Bound(fft_bound.Bound):
         kernel = runtime.kernel(
             kernel_name(plan), lambda: fft_lines_kernel.kernel(lanes, problem.x_dtype, problem.y_dtype)
         )
-        super().__init__(plan, x, k, out, *plan.config["tables"], kernel, pack)
+        arguments, kept = plan.config["tables"]
+        super().__init__(plan, x, k, out, arguments, kept, kernel, pack)
