@@ -117,7 +117,7 @@ def test_silence_beside_a_bang(bright, monkeypatch):
     problem = Conv2dProblem.of(x.shape, k.shape)
     assert kept(problem, computed(problem, x, k), x, k)
     if bright > 1e10:  # which is not for nothing
-        monkeypatch.setattr(fft_certain, "_ALLOWED", 1e30)
+        monkeypatch.setattr(fft_certain, "allowed", lambda products: 1e30)
         assert not kept(problem, computed(problem, x, k), x, k)
 
 
@@ -132,6 +132,17 @@ def test_zeros_and_integers_are_exact():
     wanted = reference(problem, x, k)
     assert (wanted == 0).sum() > 1000
     assert np.array_equal(computed(problem, x, k), wanted)
+
+
+def test_integers():
+    rng = np.random.default_rng(9)
+    x, k = rng.integers(0, 256, (2, 3, 2000)).astype(np.uint8), rng.integers(-(2**20), 2**20, (2, 3, 90))
+    bias = np.array([-(1 << 30), 5])
+    y = gpuconv.conv1d(x, k, bias, padding=40, backend=fft_lines.NAME)
+    assert y.dtype == np.int64
+    assert np.array_equal(y, gpuconv.conv1d(x, k, bias, padding=40, backend="numpy.reference"))
+    with pytest.raises(gpuconv.NoBackendError, match="not certain to come out exactly"):
+        gpuconv.conv1d(x, k << 12, backend=fft_lines.NAME)
 
 
 def test_threads_batches_preparation_and_memory_change_no_bit():

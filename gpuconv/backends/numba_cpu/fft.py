@@ -48,6 +48,10 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
         reasons.append(f"it is for kernels of at least {fft_certain.LEAST} rows")
     if max(problem.KH, problem.KW) > _TAPS:
         reasons.append(f"it is for kernels of at most {_TAPS} rows and columns")
+    if not reasons and fft_bound.is_whole(problem):
+        for part in dense.parts(problem):
+            tile = _tile(part)
+            reasons += fft_bound.too_large(part, target, tile.TH * tile.TW)
     return reasons
 
 
@@ -136,7 +140,10 @@ def pack(plan: Plan, operands: Operands) -> Any:
     packed = runtime.aligned(sizes.packed, "float64")
     G, O, C, KH, KW = k.shape
     with np.errstate(all="ignore"):
-        packed[sizes.facts : sizes.weights] = fft_certain.facts(k, tile.TH, tile.TW, config["choice"]).ravel()
+        # Of integers it is certain by their types.
+        whole = fft_bound.is_whole(plan.problem)
+        facts = 0 if whole else fft_certain.facts(k, tile.TH, tile.TW, config["choice"]).ravel()
+        packed[sizes.facts : sizes.weights] = facts
         weights = packed[sizes.weights :].view(np.float32)[: k.size].reshape(G, O, C, KH * KW)
         np.take(k.reshape(G, O, C, KH * KW), config["order"], axis=3, out=weights, mode="clip")
     stages = fft_bound.factors(tile.TH), fft_bound.factors(tile.TW)

@@ -13,10 +13,10 @@ So a least Σ|x||k| of every output is found first, of a few of its products. An
 4 rows of one column, of which the largest magnitude is known; wherever in the cell that is, the weight that meets it is
 no less than the least of the seven that may. A pair of tiles with an output for which
 
-    E > 16 · 2⁻²⁴ · least Σ|x||k|
+    E > min(16, (K - 1) / 4) · 2⁻²⁴ · least Σ|x||k|        of sums of K products
 
 (or with NaN, infinity, or a kernel that has such) is summed product by product instead. In all others the error of a
-result is below 2·E, which is no more than that of 33 roundings, where K products are allowed K.
+result is below 2·E and one rounding, about half of what K products are allowed, and at most that of 33 roundings.
 
 What is no larger than E is zero: integers and flat images give the zeros that a sum of products gives.
 """
@@ -33,12 +33,20 @@ from gpuconv.backends.numba_cpu.fft_tiles import CELL, POINTS
 
 # The least rows of a kernel: a window has a whole cell in it wherever it begins, and seven weights may meet it.
 LEAST = 2 * CELL
-# Units of rounding of float32, relative to Σ|x||k|, that E may be.
-_ALLOWED = 16 * 2.0**-24
 
 # What a kernel's facts are: E for ‖x‖ = 1, in units of what is allowed and as it is, its POINTS pairs of a place and a
 # weight, and the sum of these weights.
 RELATIVE, ABSOLUTE, PLACED, TOTAL, FACTS = 0, 1, 2, 2 + 2 * POINTS, 3 + 2 * POINTS
+
+
+def allowed(products: int) -> float:
+    """What E may be of Σ|x||k|, for sums of so many ``products``."""
+    return min(16, (products - 1) / 4) * 2.0**-24
+
+
+def relative_error(C: int, pixels: int) -> float:
+    """E in units of ‖x‖ · (2·‖k‖ + ‖k‖₁)."""
+    return float(8 * pixels.bit_length() + C) * 2.0**-53
 
 
 class Choice(NamedTuple):
@@ -68,13 +76,13 @@ def _cells(KH: int) -> int:
 
 def facts(k: Any, TH: int, TW: int, choice: Choice) -> np.ndarray[Any, Any]:
     """Of the kernels k (G, O, C, KH, KW), their FACTS for tiles of TH × TW pixels."""
-    G, O, C, KH, _ = k.shape
+    G, O, C, KH, KW = k.shape
     size = np.abs(k, dtype=np.float64)
     flat = size.reshape(G * O, -1)
     found = np.zeros((G * O, FACTS))
     norms = 2 * np.sqrt(np.einsum("oi,oi->o", flat, flat)) + flat.sum(axis=1)
-    found[:, ABSOLUTE] = (8 * (TH * TW).bit_length() + C) * 2.0**-53 * norms
-    found[:, RELATIVE] = found[:, ABSOLUTE] / _ALLOWED
+    found[:, ABSOLUTE] = relative_error(C, TH * TW) * norms
+    found[:, RELATIVE] = found[:, ABSOLUTE] / allowed(C * KH * KW)
 
     # The least of the seven weights that may meet the largest pixel of cell t, from row 4·t + 1 on.
     last = CELL * (_cells(KH) - 1)

@@ -15,7 +15,7 @@ from gpuconv.backends.numba_cpu.fft_tiles import CELL
 from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.rows_kernel import row_tile
 from gpuconv.backends.numba_cpu.runtime import take
-from gpuconv.backends.numba_cpu.vectors import SIZE, Lanes, get, scalar
+from gpuconv.backends.numba_cpu.vectors import INTEGERS, SIZE, Lanes, get, scalar
 
 X, PACKED, Y, SCRATCH, FINISH = strip.X, strip.WEIGHTS, strip.Y, strip.SCRATCH, strip.FINISH
 SXN, SXG, SXC, SXH = strip.SXN, strip.SXG, strip.SXC, strip.SXH
@@ -207,7 +207,7 @@ def _results(lanes: Lanes, y_dtype: str) -> Any:
     """
     n, size = lanes.count, SIZE[y_dtype]
     _, back = fft_stages.transforms(lanes)
-    store, near = fft_tiles.store(lanes, "float64"), fft_tiles.store(lanes, y_dtype)
+    store, near = (fft_tiles.store(lanes, stored, y_dtype in INTEGERS) for stored in ("float64", y_dtype))
     _, write, _ = rows(lanes, y_dtype)
     in_place = table.IN_PLACE_Y
 

@@ -49,6 +49,9 @@ def unsupported(problem: Conv2dProblem, target: Target) -> list[str]:
         reasons.append(f"it is for kernels of one row and at least {fft_certain.LEAST} columns")
     if problem.KW > _TAPS:
         reasons.append(f"it is for kernels of at most {_TAPS} columns")
+    if not reasons and fft_bound.is_whole(problem):
+        for part in dense.parts(problem):
+            reasons += fft_bound.too_large(part, target, _length(part, _lanes(target)))
     return reasons
 
 
@@ -77,8 +80,12 @@ def _length(problem: Conv2dProblem, lanes: Lanes) -> int:
     return min((length for length in lengths if length <= enough), key=lambda length: (work(length), length))
 
 
+def _lanes(target: Target) -> Lanes:
+    return Lanes.of("float64", target.vector_bits or runtime.vector_bits())
+
+
 def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
-    lanes = Lanes.of("float64", target.vector_bits or runtime.vector_bits())
+    lanes = _lanes(target)
     # Not a matter of the limit: other segments, other roundings.
     length = _length(problem, lanes)
     sizes = table.Sizes.of(problem, length, lanes)
@@ -123,8 +130,10 @@ def pack(plan: Plan, operands: Operands) -> Any:
         transforms /= length
         spectra = packed[: sizes.facts].view(np.complex128).reshape(transforms.shape)
         np.take(transforms, _order(length), axis=3, out=spectra, mode="clip")
-        facts = fft_certain.facts(k.reshape(G, O, C, K, 1), length, config["lanes"].count, config["choice"])
-        packed[sizes.facts : sizes.weights] = facts.ravel()
+        packed[sizes.facts : sizes.weights] = 0  # of integers it is certain by their types
+        if not fft_bound.is_whole(plan.problem):
+            facts = fft_certain.facts(k.reshape(G, O, C, K, 1), length, config["lanes"].count, config["choice"])
+            packed[sizes.facts : sizes.weights] = facts.ravel()
         packed[sizes.weights :].view(np.float32)[: k.size] = k.ravel()
     return packed
 

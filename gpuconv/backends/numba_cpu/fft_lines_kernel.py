@@ -18,7 +18,7 @@ from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.rows_kernel import row_tile
 from gpuconv.backends.numba_cpu.runtime import take
 from gpuconv.backends.numba_cpu.turns import turned
-from gpuconv.backends.numba_cpu.vectors import Lanes, get, scalar
+from gpuconv.backends.numba_cpu.vectors import INTEGERS, Lanes, get, scalar
 
 X, PACKED, Y, SCRATCH, FINISH = strip.X, strip.WEIGHTS, strip.Y, strip.SCRATCH, strip.FINISH
 SXN, SXG, SXC = strip.SXN, strip.SXG, strip.SXC
@@ -87,7 +87,11 @@ def kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
     turn, turn_back = turned(lanes), turned(lanes, 1, RUN // n)
     there, back = fft_stages.transforms(lanes)
     product, first, more = fft_stages.scaled(lanes)
-    measure, least, finish = fft_tiles.measure(lanes), fft_tiles.least(lanes), fft_tiles.finish(lanes)
+    measure, least, finish = (
+        fft_tiles.measure(lanes),
+        fft_tiles.least(lanes),
+        fft_tiles.finish(lanes, y_dtype in INTEGERS),
+    )
     _, _, repeat = rows(lanes, x_dtype)
     _, write, _ = rows(lanes, y_dtype)
     load64, store64 = scalar("float64")

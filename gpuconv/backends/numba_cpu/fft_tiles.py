@@ -80,11 +80,14 @@ def load(lanes: Lanes, stored: str) -> Any:
     return routine(f"fft_load_{lanes}_{stored}", lanes, f"e{letter * 2}eeeiii", functools.partial(_load, stored=stored))
 
 
-def _finished(e: Emitter, noise: Value, bias: Value, floor: Value) -> Callable[[Value], Value]:
+def _finished(e: Emitter, noise: Value, bias: Value, floor: Value, whole: bool) -> Callable[[Value], Value]:
     builder = e.builder
     least, offset, lowest = (e.splat(builder.load(number)) for number in (noise, bias, floor))
 
     def finished(value: Value) -> Value:
+        if whole:
+            name, signature = f"llvm.rint.v{e.lanes.count}f64", ir.FunctionType(e.vector, [e.vector])
+            value = builder.call(cgutils.get_or_insert_function(e.function.module, signature, name), [value])
         value = builder.select(builder.fcmp_ordered("<=", _magnitude(e, value), least), e.zero, value)
         value = builder.fadd(value, offset)
         return builder.select(builder.fcmp_ordered("<", value, lowest), lowest, value)
@@ -93,8 +96,8 @@ def _finished(e: Emitter, noise: Value, bias: Value, floor: Value) -> Callable[[
 
 
 def _store(e: Emitter, a: Value, b: Value, z: Value, noise: Value, bias: Value, floor: Value, rows: Value,
-           groups: Value, step: Value, pitch: Value, stored: str) -> None:  # fmt: skip
-    builder, n, finished = e.builder, e.lanes.count, _finished(e, noise, bias, floor)
+           groups: Value, step: Value, pitch: Value, stored: str, whole: bool) -> None:  # fmt: skip
+    builder, n, finished = e.builder, e.lanes.count, _finished(e, noise, bias, floor, whole)
 
     def column(g: Value) -> None:
         here, to = e.at(z, builder.mul(g, step)), builder.mul(g, I64(n))
@@ -110,13 +113,13 @@ def _store(e: Emitter, a: Value, b: Value, z: Value, noise: Value, bias: Value, 
 
 
 @functools.lru_cache(maxsize=16)
-def store(lanes: Lanes, stored: str) -> Any:
+def store(lanes: Lanes, stored: str, whole: bool) -> Any:
     """A function of (a, b, z, noise, bias, floor, rows, groups, step, pitch): the way back of ``load``, for ``rows``
-    rows. What is no larger than the number at ``noise`` is zero; the one at ``bias`` is added, and the one at ``floor``
-    is the least result.
+    rows. Sums are rounded to integers if ``whole``. What is no larger than the number at ``noise`` is zero; the one at
+    ``bias`` is added, and the one at ``floor`` is the least result.
     """
-    kinds = LETTERS[stored] * 2 + "eeeeiiii"
-    return routine(f"fft_store_{lanes}_{stored}", lanes, kinds, functools.partial(_store, stored=stored))
+    emit = functools.partial(_store, stored=stored, whole=whole)
+    return routine(f"fft_store{whole:d}_{lanes}_{stored}", lanes, LETTERS[stored] * 2 + "eeeeiiii", emit)
 
 
 def _least(e: Emitter, result: Value, cells: Value, points: Value, rows: Value, columns: Value, pitch: Value) -> None:
@@ -181,12 +184,14 @@ def measure(lanes: Lanes) -> Any:
     return routine(f"fft_measure_{lanes}", lanes, "eeeei", _measure)
 
 
-def _finish(e: Emitter, values: Value, noise: Value, bias: Value, floor: Value, count: Value) -> None:
-    finished = _finished(e, noise, bias, floor)
+def _finish(
+    e: Emitter, values: Value, noise: Value, bias: Value, floor: Value, count: Value, whole: bool
+) -> None:  # fmt: skip
+    finished = _finished(e, noise, bias, floor, whole)
     e.loop(0, count, e.lanes.count, lambda i: e.store(finished(e.load(e.at(values, i))), e.at(values, i)))
 
 
 @functools.lru_cache(maxsize=16)
-def finish(lanes: Lanes) -> Any:
+def finish(lanes: Lanes, whole: bool) -> Any:
     """A function of (values, noise, bias, floor, count): what ``store`` does to values, in place."""
-    return routine(f"fft_finish_{lanes}", lanes, "eeeei", _finish)
+    return routine(f"fft_finish{whole:d}_{lanes}", lanes, "eeeei", functools.partial(_finish, whole=whole))
