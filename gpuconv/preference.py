@@ -196,6 +196,11 @@ def _separable(problem: Conv2dProblem) -> bool:
 def _transformed(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
     # In products of one image, so that a batch runs as its images do, of which a thread with AVX2 makes 40 in a
     # nanosecond: what is saved, less what the transforms of the images and of the kernels cost, and a call.
+    # The next best over it, weights as they are / transformed ahead, AVX2. One channel, 2048²: 9×9 0.59 / 0.61, 13×13
+    # 1.03 / 1.06, 15×15 1.29 / 1.34, 31×31 4, 127×127 60; 512²: 15×15 0.72 / 1.06, 21×21 1.4 / 2.1; 256²: 21×21 0.85 /
+    # 2.0, 31×31 1.1 / 2.8; 128²: 31×31 0.48 / 1.6. 3 to 3, 1024², 9×9: 1.45 / 1.47; 512², 15×15: 2.2 / 2.5. 16 to 16,
+    # 256², 9×9: 1.6 / 1.6, 128²: 0.89 / 1.16, 15×15 1.5 / 2.2; 64², 9×9 0.41 / 0.85, 15×15 1.1 / 1.7. 64 depthwise
+    # channels, 56²: 31×31 1.02 / 1.75, 21×21 0.63 / 0.91.
     taps, kernels = problem.KH * problem.KW, channels * outputs
     rows, columns = problem.result_shape[2:]
     saved = problem.groups * rows * columns * (kernels * (taps - 10) - 90 * (channels + outputs))
@@ -206,9 +211,11 @@ def _transformed(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
 def _transformed_lines(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
     # As above. Of a signal, which has one row, a tile of several rows of one channel makes no use of the others, and
     # there is one thread: numba_cpu.planes takes 8 to 16 times as long for a product.
+    # 10⁶ pixels: 24 taps 1.6 / 1.9, 64 4.0 / 4.3, 512 30 / 36, 4096 80 / 115; 2·10⁴: 256 taps 1.5 / 8.9. 2048 rows of
+    # 2048: 127 taps 0.70 / 0.84, 255 1.36 / 1.45. 16 to 16 channels of 16,000: 64 taps 1.1 / 2.1, 31 0.88 / 1.6.
     taps, kernels = problem.KW, channels * outputs
     rows, columns = problem.result_shape[2:]
-    waste = 16 if rows == channels == 1 else 1
+    waste = 2 if rows == channels == 1 else 1
     saved = problem.groups * rows * columns * (waste * kernels * (taps - 12) - 150 * (channels + outputs))
     saved -= problem.groups * kernels * (3000 * taps + 200_000)
     return problem.KH == 1 and kernels * problem.groups <= 256 and saved >= 2e7

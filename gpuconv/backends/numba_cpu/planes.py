@@ -48,6 +48,9 @@ _LINE = 1 << 16
 # past the caches; half of that size stays in the cache, and is written there twice as fast. With AVX2 never: 2048² 1.0,
 # 0.5 and 1.0 times as fast, three such planes 0.3, and 6144² 0.3.
 _STREAM = 1 << 24
+# Vectors of a tile of a single row, as many as hide how long a multiplication takes. 10⁶ pixels, 5 to 64 taps, over
+# tiles of several rows, which are never filled then: XXX.
+_SIGNAL = 8
 # Vectors of a row of outputs from which on it is wide.
 _WIDE = 64
 # Bytes between the columns of a transposed image, or a multiple, that put them all in few places of the caches; and how
@@ -106,7 +109,9 @@ def plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
 
 
 def tile_of(problem: Conv2dProblem, lanes: Lanes) -> tuple[int, int]:
-    """Rows and vectors of a tile: one vector where a row of outputs has no more."""
+    """Rows and vectors of a tile: one vector where a row of outputs has no more, one row where there are no more."""
+    if problem.OH == problem.KH == 1 and problem.OW > _SIGNAL * lanes.count:
+        return 1, _SIGNAL // problem.stride[1]
     if lanes.bits == 512:
         return (8, 2) if problem.OW > lanes.count else (14 if problem.OH > 8 else 8, 1)
     across = problem.stride[1]

@@ -48,6 +48,8 @@ ROW_PHASES, COLUMN_PHASES = strip.ROW_PHASES, strip.COLUMN_PHASES
 _LOW = {512: (4, 6), 256: (4, 2), 128: (4, 2)}
 _TALL = {512: (6, 4), 256: (4, 3), 128: (6, 2)}
 _MANY = 6
+# Vectors of a tile of a single row, of a kernel of one row: as many as hide how long a multiplication takes.
+_SIGNAL = 8
 
 # Outputs in a row from which on the inside of an image is read in place.
 _IN_PLACE = 257
@@ -58,8 +60,8 @@ _WINDOW = 32 << 10
 FACTS = strip.OFFSETS
 (
     H, W, TOP, LEFT, TAPS, REACH_DOWN, REACH_ACROSS,
-    PASSES, PASS_COUNT, ORDER, COLUMNS, NEAR_COLUMNS, IN_PLACE_X, IN_PLACE_Y, FINISHED, FACT_COUNT,
-) = range(16)  # fmt: skip
+    PASSES, PASS_COUNT, ORDER, COLUMNS, NEAR_COLUMNS, IN_PLACE_X, IN_PLACE_Y, FINISHED, CUT, FACT_COUNT,
+) = range(17)  # fmt: skip
 
 # What the table of passes has for each: the products of some taps with all outputs of a tile.
 ROW_PHASE, SHIFT, FIRST, COUNT, ROWS, WEIGHT, PASS = range(7)
@@ -111,7 +113,7 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
         )
     )  # fmt: skip
     passes = passes_of(down, KH, KW_)
-    height, vectors = tile_of(lanes, passes)
+    height, vectors = tile_of(problem, lanes, passes)
     width = vectors * lanes.count
     large = problem.OW >= _IN_PLACE and problem.stride == (1, 1) and down.phases == across.phases == 1
 
@@ -143,11 +145,15 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     places, pitch, _ = shape(tiles, columns)
 
     threads = 1 if problem.result_size * problem.products < strip.ALONE else target.threads
+    # A row is cut in parts, of whole tiles, where there are fewer strips than threads.
+    strips = problem.N * groups * outputs * -(-tiles_down // tiles)
+    parts = -(-4 * threads // max(strips, 1)) if strips < threads else 1
+    cut = -(-problem.OW // (width * parts)) * width
     detail = f"tiles of {height} rows × {width} columns, windows of {tiles * height}×{columns * lanes.count}, {lanes}"
     config = {
         "lanes": lanes, "down": down, "across": across, "passes": passes, "high": tiles * height,
         "wide": columns * lanes.count, "places": places, "pitch": pitch, "each": elements(tiles, columns),
-        "threads": threads, "large": large,
+        "threads": threads, "large": large, "cut": max(cut, 1),
     }  # fmt: skip
     return Plan(problem, scratch(tiles, columns), lanes.dtype, detail, config)
 
@@ -186,14 +192,16 @@ def _tables(plan: Plan) -> tuple[Any, Any, Any]:
         H: problem.H, W: problem.W, TOP: problem.padding[0][0], LEFT: problem.padding[1][0],
         TAPS: problem.KH * problem.KW, REACH_DOWN: down.reach, REACH_ACROSS: across.reach, PASSES: address["passes"],
         PASS_COUNT: len(passes), ORDER: address["order"], COLUMNS: address["places"], NEAR_COLUMNS: address["near"],
-        FINISHED: problem.bias or problem.activation is not None,
+        FINISHED: problem.bias or problem.activation is not None, CUT: config["cut"],
     }.items():  # fmt: skip
         facts[index] = value
     return table, facts, kept
 
 
-def tile_of(lanes: Lanes, passes: list[Any]) -> tuple[int, int]:
+def tile_of(problem: Conv2dProblem, lanes: Lanes, passes: list[Any]) -> tuple[int, int]:
     """Rows and vectors of a tile."""
+    if problem.OH == problem.KH == 1:
+        return 1, _SIGNAL
     return (_TALL if max(entry[4] for entry in passes) >= _MANY else _LOW)[lanes.bits]
 
 
@@ -272,7 +280,7 @@ class Bound:
 def kernel_of(problem: Conv2dProblem, lanes: Lanes, passes: list[Any]) -> tuple[str, Callable[[], Callable[..., None]]]:
     """Name and maker of the kernel that serves ``problem``."""
     x, y = problem.x_dtype, problem.y_dtype
-    height, vectors = tile_of(lanes, passes)
+    height, vectors = tile_of(problem, lanes, passes)
     # A tile with fewer kernel rows than rows of its own, or hardly more, is written for that number.
     kinds = tuple(sorted({n if n < _MANY else 0 for *_, n, _ in passes}, reverse=True))
     name = f"rows_{lanes}_{x}_{y}_{height}x{vectors}_{'_'.join(map(str, kinds))}"
@@ -355,23 +363,23 @@ def _kernel(
                         )  # fmt: skip
 
     @compiled
-    def part(arguments, a, image, target, i0, i1, bias, beside, memory):
-        """The outputs of rows i0 to i1: the inside in place, and what is around it."""
-        facts, wide = get(arguments, FACTS), get(arguments, OW)
+    def part(arguments, a, image, target, i0, i1, j0, j1, bias, beside, memory):
+        """The outputs of rows i0 to i1 and columns j0 to j1: the inside in place, and what is around it."""
+        facts = get(arguments, FACTS)
         # Tiles that read nothing but the image: rows ia to ib and columns ja to jb.
-        ia, ib, ja, jb = i1, i1, wide, wide
+        ia, ib, ja, jb = i1, i1, j1, j1
         if get(facts, IN_PLACE_X) != 0:
             top, left = get(facts, TOP), get(facts, LEFT)
             ia = i0 + max(0, (top - i0 + height - 1) // height) * height
             below = min(i1, get(facts, H) - get(facts, REACH_DOWN) + top)
             ib = ia + max(0, (below - ia) // height) * height
-            ja = max(0, (left + width - 1) // width) * width
-            right = min(wide, get(facts, W) - get(facts, REACH_ACROSS) + left)
+            ja = j0 + max(0, (left - j0 + width - 1) // width) * width
+            right = min(j1, get(facts, W) - get(facts, REACH_ACROSS) + left)
             jb = ja + max(0, (right - ja) // width) * width
             if ia >= ib or ja >= jb:
                 ia, ib = i1, i1
         for region in range(5):
-            near, u0, u1, v0, v1 = 0, ia, ib, 0, wide
+            near, u0, u1, v0, v1 = 0, ia, ib, j0, j1
             if region == 0:
                 u0, u1 = i0, ia
             elif region == 1:
@@ -398,10 +406,13 @@ def _kernel(
         a = beside + size * height * width
         # What is computed beyond the ends of rows is dropped, but it must not be numbers too small to be quick.
         repeat(memory, get(arguments, strip_fill), (beside - memory) // size)
-        tasks = get(arguments, N) * G_ * strips * O_
+        cut, wide = get(facts, CUT), get(arguments, OW)
+        parts = (wide + cut - 1) // cut
+        tasks = get(arguments, N) * G_ * strips * O_ * parts
         held = -1
         for task in range(thread * tasks // threads, (thread + 1) * tasks // threads):
-            image, rest = task // (strips * O_), task % (strips * O_)
+            j0, rest = task % parts * cut, task // parts
+            image, rest = rest // (strips * O_), rest % (strips * O_)
             n, g, o = image // G_, image % G_, rest % O_
             i0 = rest // O_ * high
             if held != g * O_ + o:
@@ -415,6 +426,8 @@ def _kernel(
             source = get(arguments, X) + n * get(arguments, SXN) + g * get(arguments, SXG)
             target = get(arguments, Y) + n * get(arguments, SYN) + g * get(arguments, SYG) + o * get(arguments, SYO)
             bias = get(arguments, FINISH) + size * (2 + g * O_ + o)
-            part(arguments, a, source, target, i0, min(OH_, i0 + high), bias, beside, memory)
+            part(
+                arguments, a, source, target, i0, min(OH_, i0 + high), j0, min(wide, j0 + cut), bias, beside, memory
+            )  # fmt: skip
 
     return convolve
