@@ -191,7 +191,8 @@ def _plain(asked: request.Request, problem: Conv2dProblem) -> bool:
     arrays = [operand.array for operand in (asked.first, asked.second, asked.bias) if operand is not None]
     return (
         problem.op in ("forward", "input_grad", "weight_grad")
-        and (asked.lift is None or problem.op == "forward")
+        # Of a signal, which is no image, they are; but complex kernels look at the axes.
+        and (asked.lift is None or (problem.op == "forward" and not dtypes.is_complex(problem.y_dtype)))
         and not problem.flip
         and bool(problem.result_size and problem.products)
         and all(type(array) is np.ndarray and array.dtype.isnative for array in arrays)

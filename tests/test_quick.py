@@ -198,6 +198,7 @@ def test_a_signal_repeats_too(layout):
         assert call(x, k, bias, out) is out and out.tobytes() == first.tobytes()
     with pytest.raises(ValueError, match="padding_mode"):
         call(x, k, bias, padding_mode="mirror")
-    signal = np.arange(5, dtype=np.float32)
-    for _ in range(2):
-        assert gpuconv.conv1d(signal, signal[:2]).shape == (4,)
+    for dtype in (np.float32, np.complex64, np.int64):
+        signal = np.arange(5).astype(dtype)
+        for _ in range(2):
+            assert np.array_equal(gpuconv.conv1d(signal, signal[1:3]), [2, 5, 8, 11])

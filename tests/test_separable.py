@@ -277,10 +277,13 @@ def test_values_decide_where_it_is_worth_it():
     x, k = np.broadcast_to(np.float32(1), (1500, 1500)), PRODUCTS["gaussian"].astype(np.float32)
     assert gpuconv.explain(x, k, precision="high").implementation == separable.NAME
     assert gpuconv.explain(x, k, precision="medium", padding="same").implementation == separable.NAME
-    assert gpuconv.explain(x, k).implementation == "numba_cpu.rows"
+    assert gpuconv.explain(x, k).implementation == "numba_cpu.fft"
     assert gpuconv.explain(x[:60, :60], k, precision="high").implementation == "numba_cpu.rows"
     by_shape = gpuconv.explain(x.shape, k.shape, precision="high")
-    assert by_shape.implementation == "numba_cpu.rows"
+    assert by_shape.implementation == "numba_cpu.fft"
+    # Of a larger one transforms are quicker.
+    large = np.outer(gaussian(63, 9), gaussian(63, 9)).astype(np.float32)
+    assert gpuconv.explain(x, large, precision="high").implementation == "numba_cpu.fft"
     assert [verdict for verdict in by_shape.table if "only its shape is known" in " ".join(verdict.reasons)]
     for name in ("numba_cpu.rows", "numpy"):  # forced, nobody asks
         assert not dispatch.values_matter(by_shape.problem, Target("cpu"), name)
@@ -348,4 +351,4 @@ def test_highest_never_takes_it():
         gpuconv.conv2d(swapped, k, precision="high", backend=separable.NAME, workspace_limit=2 * x.nbytes - 1)
     assert np.allclose(gpuconv.conv2d(x, k, precision="high", backend=separable.NAME), 1, rtol=1e-6)
     transposed = Conv2dProblem.of((1, 1, 2000, 2000), (1, 1, 15, 15), precision="high", op="input_grad")
-    assert dispatch.preferred(transposed, "cpu")[0][0] == "numba_cpu.rows"
+    assert dispatch.preferred(transposed, "cpu")[0][0] == "numba_cpu.fft"
