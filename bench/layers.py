@@ -67,10 +67,10 @@ def from_lines(lines: Iterable[str]) -> list[Row]:
 
 def tiny(row: Row) -> Row:
     """A row of the same kind, small enough for a rehearsal: few channels, a little more than one window, which is no
-    larger than 31×31.
+    larger than 17×17.
     """
     problem = row.problem
-    taps = [min(extent, 31) for extent in (problem.KH, problem.KW)]
+    taps = [min(extent, 17) for extent in (problem.KH, problem.KW)]
     padding = problem.padding
     if taps != [problem.KH, problem.KW]:
         padding = tuple((min(a, k // 2), min(b, k // 2)) for (a, b), k in zip(padding, taps, strict=True))
