@@ -210,9 +210,10 @@ def clear() -> None:
         module = sys.modules.get(f"gpuconv.backends.numba_cuda.{name}")
         for cache in caches if module is not None else ():
             getattr(module, cache).cache_clear()
-    strip = sys.modules.get("gpuconv.backends.numba_cpu.strip")
-    if strip is not None:
-        strip.tables_of.cache_clear()
+    for name, cache in (("strip", "tables_of"), ("fft_bound", "factors"), ("fft_lines", "order")):
+        module = sys.modules.get(f"gpuconv.backends.numba_cpu.{name}")
+        if module is not None:
+            getattr(module, cache).cache_clear()
     prepared = sys.modules.get("gpuconv.prepared")
     if prepared is not None:
         prepared.release()

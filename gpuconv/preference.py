@@ -205,14 +205,15 @@ def _transformed(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
     rows, columns = problem.result_shape[2:]
     saved = problem.groups * rows * columns * (kernels * (taps - 10) - 90 * (channels + outputs))
     saved -= problem.groups * kernels * (2000 * taps + 120_000)
-    return problem.KH >= 8 and kernels * problem.groups <= 256 and saved >= 2e7
+    served = problem.stride == problem.dilation == (1, 1) and 8 <= problem.KH <= 256 and problem.KW <= 256
+    served = served and (problem.sum_dtype == "float32" or dtypes.is_integer(problem.y_dtype))
+    return served and kernels * problem.groups <= 256 and saved >= 2e7
 
 
 def _transformed_lines(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
-    # As above. Of a signal, which has one row, a tile of several rows of one channel makes no use of the others, and
-    # there is one thread: numba_cpu.planes takes 8 to 16 times as long for a product.
-    # 10⁶ pixels: 24 taps 1.6 / 1.9, 64 4.0 / 4.3, 512 30 / 36, 4096 80 / 115; 2·10⁴: 256 taps 1.5 / 8.9. 2048 rows of
-    # 2048: 127 taps 0.70 / 0.84, 255 1.36 / 1.45. 16 to 16 channels of 16,000: 64 taps 1.1 / 2.1, 31 0.88 / 1.6.
+    # As above. Products take twice as long where there is one row, a signal, and one channel.
+    # 2048 rows of 2048: 127 taps 0.70 / 0.84, 255 1.36 / 1.45. 16 to 16 channels of 16,000: 64 taps 1.1 / 2.1, 31 0.88 /
+    # 1.6. XXX
     taps, kernels = problem.KW, channels * outputs
     rows, columns = problem.result_shape[2:]
     waste = 2 if rows == channels == 1 else 1

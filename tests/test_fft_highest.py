@@ -13,7 +13,7 @@ from test_separable import MODES, guarded, reference
 
 import gpuconv
 from gpuconv import dispatch, request
-from gpuconv.backends.numba_cpu import fft, fft_certain, runtime
+from gpuconv.backends.numba_cpu import fft, fft_bound, fft_certain, fft_stages, fft_table, runtime
 from gpuconv.backends.protocol import Operands, Target
 from gpuconv.problem import Conv2dProblem
 
@@ -377,3 +377,57 @@ def test_through_the_public_calls():
     assert np.array_equal(layer(x), y) and not gpuconv.conv2d(x, k, **options).any()
     gpuconv.clear()
     assert np.array_equal(gpuconv.conv2d(x, before, **options), y)
+
+
+# ---- what a hostile reader found
+
+
+@pytest.mark.parametrize("rows", (slice(None), slice(1, 8)))
+def test_infinite_weights_give_infinity(rows):
+    x = np.random.default_rng(1).uniform(1, 2, (1, 1, 100, 100)).astype(np.float32)
+    k = np.ones((1, 1, 9, 9), np.float32)
+    k[..., rows, 3] = np.inf
+    assert np.isposinf(gpuconv.conv2d(x, k, backend=fft.NAME)).all()
+
+
+@pytest.mark.parametrize("K", (8, 9, 12, 13, 20, 33))
+def test_few_products(K):
+    """A sum that nearly cancels, beside a pixel so bright that it may be taken for noise."""
+    x = np.zeros(100, np.float32)
+    x[0::8], x[4::8] = 1, -(1 - 29 * UNIT)
+    k = np.ones((1, 1, K, 1), np.float32)
+    k[..., 0, 0] = 0
+    for bright in np.geomspace(1e5, 1e8, 40):
+        image = np.repeat(x[:, None], 4, axis=1)[None, None].copy()
+        image[..., -1, 0] = bright
+        problem = Conv2dProblem.of(image.shape, k.shape)
+        assert kept(problem, computed(problem, image, k), image, k)
+
+
+def test_a_cropped_gradient_does_not_depend_on_how_it_lies_in_memory():
+    rng = np.random.default_rng(0)
+    k, dy = rng.standard_normal((1, 1, 9, 9)).astype(np.float32), rng.standard_normal((1, 1, 172, 172))
+    dy[..., 145:155, :] *= 1e9
+    dy = dy.astype(np.float32)
+    apart = np.full((1, 1, 172, 344), np.nan, np.float32)[..., ::2]
+    apart[...] = dy
+    one, other = (
+        gpuconv.grad.conv2d_input((1, 1, 100, 100), k, given, padding=40, backend=fft.NAME) for given in (dy, apart)
+    )
+    assert np.array_equal(one, other)
+
+
+def test_factors_of_another_thread_are_not_pointed_to(monkeypatch):
+    monkeypatch.setattr(
+        fft.fft_bound, "factors", lambda length: fft.fft_stages.twiddles(length)
+    )  # as if none were kept
+    plan = fft.plan(Conv2dProblem.of((1, 1, 90, 90), (1, 1, 9, 9)), target(), LIMIT)
+    arguments, arrays = fft._tables(plan)
+    held = {array.ctypes.data for array in arrays}
+    assert {arguments[fft_table.DOWN], arguments[fft_table.ACROSS]} <= held
+
+
+def test_what_it_cannot_run_hinders_no_other():
+    for k_shape, kwargs in (((1, 1, 300, 9), {}), ((1, 1, 63, 63), {"x_dtype": "float64", "k_dtype": "float64"})):
+        problem = Conv2dProblem.of((1, 1, 1024, 1024), k_shape, precision="high", **kwargs)
+        assert fft.NAME not in dispatch.preferred(problem, "cpu")[1]

@@ -185,8 +185,10 @@ def _tables(plan: Plan) -> tuple[Any, Any]:
         )
     )
     ramp = np.arange(problem.KW, dtype=np.int64)
-    kept = down.source(), across.source(), np.array(across.inside, np.int64), ramp, config["passes"]
-    rows, columns, inside, ramp_at, passes = (array.ctypes.data for array in kept)
+    # Asked for once: threads that ask at the same time may each get factors of their own.
+    stages = fft_bound.factors(tile.TH), fft_bound.factors(tile.TW)
+    kept = down.source(), across.source(), np.array(across.inside, np.int64), ramp, config["passes"], *stages
+    rows, columns, inside, ramp_at, passes, *factors = (array.ctypes.data for array in kept)
     arguments = np.zeros(runtime.TABLE, np.int64)
     entries = {
         strip.N: problem.N, strip.G: problem.groups, strip.C: problem.C // problem.groups,
@@ -195,13 +197,15 @@ def _tables(plan: Plan) -> tuple[Any, Any]:
         strip.ROW_PHASES: 1, strip.COLUMN_PHASES: 1, strip.ROW_SOURCE: rows, strip.COLUMN_SOURCE: columns,
         strip.INSIDE: inside, strip.ROW_EXTENT: down.extent, strip.COLUMN_EXTENT: across.extent, strip.STRIDE: 1,
         strip.BORDER: problem.padding_mode == "constant", table.RAMP: ramp_at, table.PASSES: passes,
-        table.PASS_COUNT: len(config["passes"]), table.DOWN: fft_bound.factors(tile.TH).ctypes.data,
-        table.ACROSS: fft_bound.factors(tile.TW).ctypes.data, table.H: problem.H, table.W: problem.W,
-        table.TOP: problem.padding[0][0], table.LEFT: problem.padding[1][0],
+        table.PASS_COUNT: len(config["passes"]), table.DOWN: factors[0],
+        table.ACROSS: factors[1], table.TOP: problem.padding[0][0], table.LEFT: problem.padding[1][0],
+        # Pixels that are cropped are nobody's, wherever they lie.
+        table.H: min(problem.H, problem.OH + problem.KH - 1 - problem.padding[0][0]),
+        table.W: min(problem.W, problem.OW + problem.KW - 1 - problem.padding[1][0]),
         table.FINISHED: problem.bias or problem.activation is not None, **table.shape(sizes),
     }  # fmt: skip
     arguments[list(entries)] = list(entries.values())
-    return arguments, (kept, fft_bound.factors(tile.TH), fft_bound.factors(tile.TW))
+    return arguments, kept
 
 
 class Bound(fft_bound.Bound):

@@ -3,7 +3,7 @@
 The promise is relative to each output's own Σ|x||k|. A transform spreads its rounding errors over all outputs of a
 tile, as large as
 
-    E = (8·log2(TH·TW) + C)·2⁻⁵³ · ‖x‖ · (2·‖k‖ + ‖k‖₁)        ‖x‖ of both tiles of a pair and all channels
+    E = (8·(1 + log2(TH·TW)) + C)·2⁻⁵³ · ‖x‖ · (2·‖k‖ + ‖k‖₁)    ‖x‖ of both tiles of a pair and all channels
 
 at most: ‖x‖·‖k‖ for the errors of the two transforms (by Cauchy and Schwarz), ‖k‖₁ for the one back, whose numbers'
 norm is at most ‖x‖ times the largest frequency of k. In float64 that is about 10⁻¹² of a typical sum, but it may be
@@ -18,7 +18,8 @@ no less than the least of the seven that may. A pair of tiles with an output for
 (or with NaN, infinity, or a kernel that has such) is summed product by product instead. In all others the error of a
 result is below 2·E and one rounding, about half of what K products are allowed, and at most that of 33 roundings.
 
-What is no larger than E is zero: integers and flat images give the zeros that a sum of products gives.
+What is no further than E from an integer is that integer, and no larger than E zero: sums of integers come out exactly,
+as long as E is below a half, and flat images give the zeros that a sum of products gives.
 """
 
 from __future__ import annotations
@@ -58,15 +59,17 @@ class Choice(NamedTuple):
 
     @classmethod
     def of(cls, C: int, KH: int, KW: int, TH: int, TW: int) -> Choice:
-        """For kernels (C, KH, KW) and tiles of TH × TW pixels."""
-        cells = _cells(KH)
-        places = np.arange(C * cells * KW).reshape(C, cells, KW)
+        """For kernels (C, KH, KW) and tiles of TH × TW pixels. Of many channels some are enough."""
+        cells, some = _cells(KH), min(C, POINTS)
+        c, t, q = np.ogrid[:some, :cells, :KW]
+        c = c * C // max(some, 1)
+        places = (c * cells + t) * KW + q
         # The cells of a channel are those of two tiles; that of t begins 4·(t + 1) rows below the outputs' own.
-        where = np.arange(C)[:, None, None] * (2 * (TH // CELL) * TW) + np.arange(KW)
-        where = where + (np.arange(cells)[:, None] + 1) * TW
-        parts = [places[c, t, q].ravel() for c, t, q in _parts(C, cells, KW)]
-        weights = np.concatenate(parts)
-        return cls(weights, where.ravel()[weights], tuple(np.cumsum([part.size for part in parts]).tolist()))
+        where = c * (2 * (TH // CELL) * TW) + (t + 1) * TW + q
+        parts = _parts(some, cells, KW)
+        ends = np.cumsum([places[part].size for part in parts]).tolist()
+        weights, found = (np.concatenate([array[part].ravel() for part in parts]) for array in (places, where))
+        return cls(weights, found, tuple(ends))
 
 
 def _cells(KH: int) -> int:
@@ -81,6 +84,7 @@ def facts(k: Any, TH: int, TW: int, choice: Choice) -> np.ndarray[Any, Any]:
     flat = size.reshape(G * O, -1)
     found = np.zeros((G * O, FACTS))
     norms = 2 * np.sqrt(np.einsum("oi,oi->o", flat, flat)) + flat.sum(axis=1)
+    norms[~np.isfinite(norms)] = np.nan  # which is never certain, as infinity would be beside an infinite least sum
     found[:, ABSOLUTE] = relative_error(C, TH * TW) * norms
     found[:, RELATIVE] = found[:, ABSOLUTE] / allowed(C * KH * KW)
 

@@ -129,7 +129,7 @@ def pack(plan: Plan, operands: Operands) -> Any:
         np.conjugate(transforms, out=transforms)
         transforms /= length
         spectra = packed[: sizes.facts].view(np.complex128).reshape(transforms.shape)
-        np.take(transforms, _order(length), axis=3, out=spectra, mode="clip")
+        np.take(transforms, order(length), axis=3, out=spectra, mode="clip")
         packed[sizes.facts : sizes.weights] = 0  # of integers it is certain by their types
         if not fft_bound.is_whole(plan.problem):
             facts = fft_certain.facts(k.reshape(G, O, C, K, 1), length, config["lanes"].count, config["choice"])
@@ -139,7 +139,8 @@ def pack(plan: Plan, operands: Operands) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _order(length: int) -> np.ndarray[Any, Any]:
+def order(length: int) -> np.ndarray[Any, Any]:
+    """The order of a transform's frequencies, kept."""
     return fft_stages.order(length)
 
 

@@ -82,14 +82,18 @@ def load(lanes: Lanes, stored: str) -> Any:
 
 def _finished(e: Emitter, noise: Value, bias: Value, floor: Value, whole: bool) -> Callable[[Value], Value]:
     builder = e.builder
-    least, offset, lowest = (e.splat(builder.load(number)) for number in (noise, bias, floor))
+    most, offset, lowest = (e.splat(builder.load(number)) for number in (noise, bias, floor))
+
+    def is_noise(value: Value) -> Value:
+        return builder.fcmp_ordered("<=", _magnitude(e, value), most)
 
     def finished(value: Value) -> Value:
-        if whole:
-            name, signature = f"llvm.rint.v{e.lanes.count}f64", ir.FunctionType(e.vector, [e.vector])
-            value = builder.call(cgutils.get_or_insert_function(e.function.module, signature, name), [value])
-        value = builder.select(builder.fcmp_ordered("<=", _magnitude(e, value), least), e.zero, value)
-        value = builder.fadd(value, offset)
+        name, signature = f"llvm.rint.v{e.lanes.count}f64", ir.FunctionType(e.vector, [e.vector])
+        near = builder.call(cgutils.get_or_insert_function(e.function.module, signature, name), [value])
+        if not whole:
+            near = builder.select(is_noise(value), e.zero, near)
+            near = builder.select(is_noise(builder.fsub(value, near)), near, value)
+        value = builder.fadd(near, offset)
         return builder.select(builder.fcmp_ordered("<", value, lowest), lowest, value)
 
     return finished
@@ -115,8 +119,8 @@ def _store(e: Emitter, a: Value, b: Value, z: Value, noise: Value, bias: Value, 
 @functools.lru_cache(maxsize=16)
 def store(lanes: Lanes, stored: str, whole: bool) -> Any:
     """A function of (a, b, z, noise, bias, floor, rows, groups, step, pitch): the way back of ``load``, for ``rows``
-    rows. Sums are rounded to integers if ``whole``. What is no larger than the number at ``noise`` is zero; the one at
-    ``bias`` is added, and the one at ``floor`` is the least result.
+    rows. Sums are rounded to integers: if ``whole`` all, else those that are no further from one than the number at
+    ``noise``, and no larger ones to zero. The one at ``bias`` is added, and the one at ``floor`` is the least result.
     """
     emit = functools.partial(_store, stored=stored, whole=whole)
     return routine(f"fft_store{whole:d}_{lanes}_{stored}", lanes, LETTERS[stored] * 2 + "eeeeiiii", emit)

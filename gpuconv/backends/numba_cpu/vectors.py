@@ -229,8 +229,8 @@ class Emitter:
             return convert(value, ir.VectorType(STORED[stored], self.lanes.count))
         builder, wide = self.builder, ir.VectorType(I32, self.lanes.count)
         if self.lanes.dtype == "float64":
-            # Never run for 16 bits, which are summed in float32; but compiled, and LLVM's own conversion from float64
-            # to float16 calls a function that is in no library.
+            # To 16 bits in two steps: LLVM's own conversion from float64 to float16 calls a function that is in no
+            # library.
             value = builder.fptrunc(value, ir.VectorType(REAL["float32"], wide.count))
         if stored == "float32":
             return value
