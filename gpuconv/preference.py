@@ -212,8 +212,8 @@ def _transformed(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
 
 def _transformed_lines(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
     # As above. Products take twice as long where there is one row, a signal, and one channel.
-    # 2048 rows of 2048: 127 taps 0.70 / 0.84, 255 1.36 / 1.45. 16 to 16 channels of 16,000: 64 taps 1.1 / 2.1, 31 0.88 /
-    # 1.6. XXX
+    # 2048 rows of 2048: 127 taps 0.70 / 0.84, 255 1.36 / 1.45. 16 to 16 channels of 16,000: 64 taps 1.1 / 2.1, 31 0.88
+    # / 1.6. XXX
     taps, kernels = problem.KW, channels * outputs
     rows, columns = problem.result_shape[2:]
     waste = 2 if rows == channels == 1 else 1

@@ -123,8 +123,8 @@ def key_of(
     call: str, first: Any, second: Any, options: tuple[Any, ...], unset: tuple[Any, ...], bias: Any | None = None,
     out: Any | None = None,
 ) -> Hashable | None:  # fmt: skip
-    """The key of a call of a gradient, a transposed convolution or one of signals; None where its arrays are not NumPy's
-    own, ``out`` may not be written, or one of ``unset`` is set.
+    """The key of a call of a gradient, a transposed convolution or one of signals; None where its arrays are not
+    NumPy's own, ``out`` may not be written, or one of ``unset`` is set.
     """
     if type(first) is not np.ndarray or type(second) is not np.ndarray or any(value is not None for value in unset):
         return None

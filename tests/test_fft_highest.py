@@ -418,9 +418,7 @@ def test_a_cropped_gradient_does_not_depend_on_how_it_lies_in_memory():
 
 
 def test_factors_of_another_thread_are_not_pointed_to(monkeypatch):
-    monkeypatch.setattr(
-        fft.fft_bound, "factors", lambda length: fft.fft_stages.twiddles(length)
-    )  # as if none were kept
+    monkeypatch.setattr(fft_bound, "factors", fft_stages.twiddles)  # as if none were kept
     plan = fft.plan(Conv2dProblem.of((1, 1, 90, 90), (1, 1, 9, 9)), target(), LIMIT)
     arguments, arrays = fft._tables(plan)
     held = {array.ctypes.data for array in arrays}
