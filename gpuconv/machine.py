@@ -210,7 +210,7 @@ def clear() -> None:
         module = sys.modules.get(f"gpuconv.backends.numba_cuda.{name}")
         for cache in caches if module is not None else ():
             getattr(module, cache).cache_clear()
-    for name, cache in (("strip", "tables_of"), ("fft_bound", "factors"), ("fft_lines", "order")):
+    for name, cache in (("strip", "tables_of"), ("fft_bound", "factors"), ("fft_lines", "halves")):
         module = sys.modules.get(f"gpuconv.backends.numba_cpu.{name}")
         if module is not None:
             getattr(module, cache).cache_clear()

@@ -98,7 +98,7 @@ dtype, precision, device, backend
     limit. Integers come out exactly as from ``conv2d``; floating-point results keep the promise of ``precision``, and
     at ``"highest"`` that implementation, if it is one of ``numba_cpu``, gives the same bits as in one call, but for
     ``numba_cpu.fft`` and ``numba_cpu.fft_lines``, whose results are the exact ones rounded once, bar one in some
-    100,000.
+    millions.
 
     A file whose writer was killed is as safe as its format. Memory maps and local Zarr stores lose nothing that was
     recorded; HDF5 gives no such promise for a file that was open.

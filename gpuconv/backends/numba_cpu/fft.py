@@ -82,7 +82,9 @@ def _tile(problem: Conv2dProblem) -> Tile:
         stages = _STAGE * math.log2(numbers)
         each = C * (stages + _IN) + O * (stages + _OUT) + C * O * _PRODUCT
         slower = _SLOWER if 32 * numbers > runtime.l2_bytes() else 1.0
-        return numbers * (tile.pairs(problem) * each * slower + C * O * (stages + _IN))
+        pairs = tile.pairs(problem)
+        pairs += pairs % 2  # two threads end together, or more
+        return numbers * (pairs * each * slower + C * O * (stages + _IN))
 
     found = [
         Tile(TH, TW, TH - problem.KH + 1, TW - problem.KW + 1)

@@ -69,6 +69,7 @@ def _length(problem: Conv2dProblem, lanes: Lanes) -> int:
     def work(length: int) -> float:
         made = min(length - problem.KW + 1, problem.OW)
         packets = -(-problem.OH * -(-problem.OW // made) // (2 * lanes.count))
+        packets += packets % 2  # two threads end together, or more
         stages = _STAGE * math.log2(length)
         size, second = 16 * length * lanes.count, runtime.l2_bytes()
         rooms = (_FIRST, second // 4, second // 2)
@@ -92,8 +93,8 @@ def _plan(problem: Conv2dProblem, target: Target, limit: int) -> Plan:
     C, K = problem.C // problem.groups, problem.KW
     kernels = problem.O * C
     tables = 2 * (problem.OH + problem.OW + 2 * K) + 2 * runtime.TABLE + 4 * length + 3 * C * K
-    # Transforms of the kernels three times, until they are in order; their magnitudes, and the least of each cell.
-    packing = kernels * (6 * length + 4 * K)
+    # Transforms of the kernels by halves, until they are in order; their magnitudes, and the least of each cell.
+    packing = kernels * (2 * length + 4 * K)
     scratch = 8 * (sizes.packed + packing + target.threads * sizes.each + tables) + 65536
     if scratch > limit:
         raise schedule.shortage(f"{NAME} on {problem}", scratch, limit)
@@ -125,11 +126,12 @@ def pack(plan: Plan, operands: Operands) -> Any:
     packed = runtime.aligned(sizes.packed, "float64")
     G, O, C, _, K = k.shape
     with np.errstate(all="ignore"):
-        transforms = np.fft.fft(k.reshape(G, O, C, K).astype(np.float64), length)
-        np.conjugate(transforms, out=transforms)
-        transforms /= length
-        spectra = packed[: sizes.facts].view(np.complex128).reshape(transforms.shape)
-        np.take(transforms, order(length), axis=3, out=spectra, mode="clip")
+        # Of a real line one half of the frequencies is the conjugate of the other. Lengths are powers of two.
+        half = np.fft.rfft(k.reshape(G, O, C, K) * np.float64(1 / length), length)
+        spectra = packed[: sizes.facts].view(np.complex128).reshape(G, O, C, length)
+        places, signs = halves(length)
+        np.take(half, places, axis=3, out=spectra, mode="clip")
+        spectra.imag *= signs
         packed[sizes.facts : sizes.weights] = 0  # of integers it is certain by their types
         if not fft_bound.is_whole(plan.problem):
             facts = fft_certain.facts(k.reshape(G, O, C, K, 1), length, config["lanes"].count, config["choice"])
@@ -139,9 +141,13 @@ def pack(plan: Plan, operands: Operands) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def order(length: int) -> np.ndarray[Any, Any]:
-    """The order of a transform's frequencies, kept."""
-    return fft_stages.order(length)
+def halves(length: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Where each number of a real line's transform is, in the order of ``fft_stages``, among the frequencies of the
+    first half, and the sign of the imaginary part of its conjugate.
+    """
+    frequency = fft_stages.order(length)
+    first = 2 * frequency <= length
+    return np.where(first, frequency, length - frequency), np.where(first, -1.0, 1.0)
 
 
 def run(plan: Plan, operands: Operands, out: Any) -> None:
