@@ -217,7 +217,7 @@ def _transformed_lines(problem: Conv2dProblem, channels: int, outputs: int) -> b
     taps, kernels = problem.KW, channels * outputs
     rows, columns = problem.result_shape[2:]
     waste = 2 if rows == channels == 1 else 1
-    saved = problem.groups * rows * columns * (waste * kernels * (taps - 12) - 180 * (channels + outputs))
+    saved = problem.groups * rows * columns * (waste * kernels * (taps - 12) - 150 * (channels + outputs))
     saved -= problem.groups * kernels * (3000 * taps + 200_000)
     return problem.KH == 1 and kernels * problem.groups <= 256 and saved >= 2e7
 

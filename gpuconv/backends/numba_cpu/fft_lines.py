@@ -35,8 +35,8 @@ _STAGE, _IN, _OUT, _PRODUCT = 0.125, 2.0, 2.0, 0.4
 # What a number of a kernel's transform takes.
 _KERNEL = 10.0
 # A packet that stays in the first-level cache, of this many bytes, takes that long; one in a quarter of the
-# second-level one, in half of it, and a larger one: so many times as long.
-_FIRST, _SLOWER = 32 << 10, (1.5, 2.2, 4.5)
+# second-level one, in all of it, and a larger one: so many times as long.
+_FIRST, _SLOWER = 16 << 10, (1.25, 2.0, 3.5)
 # Lengths of segments, and the longest kernel.
 _LENGTHS = tuple(1 << digits for digits in range(6, 17))
 _TAPS = 1 << 15
@@ -72,7 +72,7 @@ def _length(problem: Conv2dProblem, lanes: Lanes) -> int:
         packets += packets % 2  # two threads end together, or more
         stages = _STAGE * math.log2(length)
         size, second = 16 * length * lanes.count, runtime.l2_bytes()
-        rooms = (_FIRST, second // 4, second // 2)
+        rooms = (_FIRST, second // 4, second)
         slower = (1.0, *_SLOWER)[sum(size > room for room in rooms)]
         each = C * (stages + _IN) + O * (stages + _OUT) + C * O * _PRODUCT
         # Packets are full of segments, however few there are of these.

@@ -27,6 +27,9 @@ from gpuconv.backends.numba_cpu.vectors import I64, Emitter, Lanes, Value, routi
 
 Complex = tuple[Value, Value]
 
+# Bytes that stay in the first-level cache.
+_CACHED = 32 << 10
+
 
 def twiddles(length: int) -> np.ndarray[Any, Any]:
     """w^j, w^2j and w^3j for each j of each stage but its first, in the order of the stages of the way there."""
@@ -155,24 +158,43 @@ def transforms(lanes: Lanes) -> tuple[Any, Any]:
     back4 = routine(f"ifft4_{lanes}", lanes, "eeii", functools.partial(_stage, back=True))
     pairs = routine(f"fft2_{lanes}", lanes, "ei", _pairs)
 
+    n = lanes.count
+    most = _CACHED // (16 * n)
+
     @compiled
     def there(z, table, length):
+        # Stages of long parts go through memory; of the short ones all are done with a part while it is in the cache.
         part = length
-        while part >= 4:
+        while part > most:
             there4((z, table, part // 4, length // part))
             table += 48 * (part // 4 - 1)
             part //= 4
-        if part == 2:
-            pairs((z, length // 2))
+        for start in range(0, length, part):
+            at, factors, rest = z + 16 * n * start, table, part
+            while rest >= 4:
+                there4((at, factors, rest // 4, part // rest))
+                factors += 48 * (rest // 4 - 1)
+                rest //= 4
+            if rest == 2:
+                pairs((at, part // 2))
 
     @compiled
     def back(z, table, length):
         part = length
-        while part >= 4:
+        while part > most:
             table += 48 * (part // 4 - 1)
             part //= 4
-        if part == 2:
-            pairs((z, length // 2))
+        for start in range(0, length, part):
+            at, factors, rest = z + 16 * n * start, table, part
+            while rest >= 4:
+                factors += 48 * (rest // 4 - 1)
+                rest //= 4
+            if rest == 2:
+                pairs((at, part // 2))
+            while rest < part:
+                rest *= 4
+                factors -= 48 * (rest // 4 - 1)
+                back4((at, factors, rest // 4, part // rest))
         while part < length:
             part *= 4
             table -= 48 * (part // 4 - 1)
