@@ -212,12 +212,12 @@ def _transformed(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
 
 def _transformed_lines(problem: Conv2dProblem, channels: int, outputs: int) -> bool:
     # As above. Products take twice as long where there is one row, a signal, and one channel.
-    # A signal of 10⁶ pixels: 128 taps 0.62 / 0.81, 256 1.15 / 1.34, 512 2.6 / 2.9, 4096 6.1 / 6.4. 2048 rows of 2048:
-    # 127 taps 0.77 / 0.8, 255 1.3 / 1.4. 16 to 16 channels of 16,000: 64 taps 0.94 / 2.0, 31 0.71 / 1.4.
+    # A signal of 10⁶ pixels: 128 taps 1.0 / 1.1, 256 1.9 / 2.2, 512 3.1 / 3.4, 4096 13 / 13. 2048 rows of 2048:
+    # 127 taps 0.83 / 0.87, 255 1.8 / 1.8. 16 to 16 channels of 16,000: 64 taps 1.4 / 2.1, 31 1.05 / 1.5.
     taps, kernels = problem.KW, channels * outputs
     rows, columns = problem.result_shape[2:]
     waste = 2 if rows == channels == 1 else 1
-    saved = problem.groups * rows * columns * (waste * kernels * (taps - 12) - 150 * (channels + outputs))
+    saved = problem.groups * rows * columns * (waste * kernels * (taps - 12) - 100 * (channels + outputs))
     saved -= problem.groups * kernels * (3000 * taps + 200_000)
     return problem.KH == 1 and kernels * problem.groups <= 256 and saved >= 2e7
 
