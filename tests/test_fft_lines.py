@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_fft_highest import LIMIT, UNIT, bound, kept, target
+from test_fft_highest import LIMIT, UNIT, bound, kept, posed, target
 from test_separable import MODES, guarded, reference
 
 import gpuconv
@@ -28,16 +28,6 @@ SHAPES = [
     ((2, 5, 3, 131), (3, 5, 1, 18), 0, {"layout": "NHWC"}),
     ((1, 2, 1, 8), (2, 2, 1, 8), 0, {}),
 ]
-
-
-def posed(x_shape: tuple[int, ...], k_shape: tuple[int, ...], positive: bool = False, **kwargs: Any) -> Any:
-    """A problem, guarded operands with channels first, and a bias."""
-    rng = np.random.default_rng(x_shape[-1])
-    held = [x_shape[axis] for axis in (0, 2, 3, 1)] if kwargs.get("layout") == "NHWC" else x_shape
-    problem = Conv2dProblem.of(tuple(held), k_shape, bias=True, **kwargs)
-    draw = rng.random if positive else rng.standard_normal
-    x, k = (guarded(shape, draw(shape))[0] for shape in (x_shape, k_shape))
-    return problem, x, k, rng.standard_normal(k_shape[0]).astype(np.float32)
 
 
 def computed(problem: Conv2dProblem, x: Any, k: Any, bias: Any = None, threads: int = 2, packed: bool = False,
