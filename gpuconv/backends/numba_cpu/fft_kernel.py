@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from gpuconv.backends.numba_cpu import fft_stages, fft_tiles, strip
 from gpuconv.backends.numba_cpu import fft_table as table
 from gpuconv.backends.numba_cpu.copies import rows
-from gpuconv.backends.numba_cpu.fft_certain import ABSOLUTE, FACTS, PLACED, RELATIVE, TOTAL
-from gpuconv.backends.numba_cpu.fft_table import DARKEST, LEAST_SUM, NORM, OFFSET
+from gpuconv.backends.numba_cpu.fft_certain import FACTS, PLACED
 from gpuconv.backends.numba_cpu.fft_tiles import CELL
+from gpuconv.backends.numba_cpu.fft_verdict import LEAST_SUM, NORM, OFFSET, verdicts
 from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.rows_kernel import row_tile
 from gpuconv.backends.numba_cpu.runtime import take
@@ -168,21 +167,15 @@ def _certain(lanes: Lanes) -> Any:
     facts, pair, cells, numbers).
     """
     n, least = lanes.count, fft_tiles.least(lanes)
-    load64, store64 = scalar("float64")
-    infinity = math.inf
-    darkest, norm_at, low_at = 8 * DARKEST * n, 8 * NORM * n, 8 * LEAST_SUM * n
-    relative, placed, total = 8 * RELATIVE, 8 * PLACED, 8 * TOTAL
+    _, _, at_once, by_sums, _ = verdicts(lanes)
+    placed, low = 8 * PLACED, 8 * LEAST_SUM * n
 
     @compiled
     def is_certain(arguments, facts, pair, cells, numbers):
         tw, wide = get(arguments, TW), get(arguments, WIDE)
         down = (get(arguments, OH) + get(arguments, HIGH) - 1) // get(arguments, HIGH)
         across = (get(arguments, OW) + wide - 1) // wide
-        needed, dark, low = load64(numbers + norm_at) * load64(facts + relative), infinity, numbers + low_at
-        for lane in range(n):
-            dark = min(dark, load64(numbers + darkest + 8 * lane))
-            store64(low + 8 * lane, infinity)
-        if needed <= dark * load64(facts + total):
+        if at_once(facts, numbers) != 0:
             return 1
         for which in range(2):
             tile = 2 * pair + which
@@ -190,13 +183,10 @@ def _certain(lanes: Lanes) -> Any:
                 i0, j0 = tile // across * get(arguments, HIGH), tile % across * wide
                 high = min(get(arguments, HIGH), get(arguments, OH) - i0)
                 least((
-                    low, cells + 8 * which * (get(arguments, TH) // CELL) * tw, facts + placed,
+                    numbers + low, cells + 8 * which * (get(arguments, TH) // CELL) * tw, facts + placed,
                     (high + CELL - 1) // CELL, min(wide, get(arguments, OW) - j0), tw,
                 ))  # fmt: skip
-        found = load64(low)
-        for lane in range(1, n):
-            found = min(found, load64(low + 8 * lane))
-        return 1 if needed <= found else 0
+        return by_sums(facts, numbers)
 
     return is_certain
 
@@ -262,11 +252,10 @@ def kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
     there, back = fft_stages.transforms(lanes)
     turn, lay = fft_stages.turned(lanes), fft_stages.laid(lanes)
     product, first, more = fft_stages.products(lanes)
-    load64, store64 = scalar("float64")
+    begin, measured, _, _, find_noise = verdicts(lanes)
+    load64, _ = scalar("float64")
     _, store32 = scalar("float32")
-    square_root, infinity = math.sqrt, math.inf
-    darkest, norm_at, offset, zero_at = 8 * DARKEST * n, 8 * NORM * n, 8 * OFFSET * n, 8 * (OFFSET * n + 1)
-    facts_size, absolute = 8 * FACTS, 8 * ABSOLUTE
+    offset, noise_at, facts_size = 8 * OFFSET * n, 8 * (NORM * n + 1), 8 * FACTS
 
     @compiled
     def transformed_rows(arguments, z, r, work):
@@ -324,19 +313,13 @@ def kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
         window = work + 16 * n * max(th, tw)
         cells = window + 16 * CELL * tw
         numbers = cells + 8 * channels * get(arguments, CELLS)
-        store64(numbers + zero_at, 0.0)
-        for lane in range(n):
-            store64(numbers + 8 * lane, 0.0)
-            store64(numbers + darkest + 8 * lane, infinity)
+        begin(numbers)
         for c in range(channels):
             read(
                 arguments, memory + size * c, image + c * get(arguments, SXC), pair, window,
                 cells + 8 * c * get(arguments, CELLS), numbers,
             )  # fmt: skip
-        energy = 0.0
-        for lane in range(n):
-            energy += load64(numbers + 8 * lane)
-        store64(numbers + norm_at, square_root(CELL * energy))
+        measured(numbers)
         facts = get(arguments, PACKED) + 8 * get(arguments, FACTS_AT) + g * outputs * facts_size
         certain = 0
         for o in range(outputs):
@@ -351,10 +334,10 @@ def kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
         for o in range(outputs):
             which, to, own = g * outputs + o, target + o * get(arguments, SYO), facts + o * facts_size
             if certain == outputs or is_certain(arguments, own, pair, cells, numbers) != 0:
-                noise = numbers + norm_at + 8
-                store64(noise, load64(numbers + norm_at) * load64(own + absolute))
+                find_noise(own, numbers)
                 multiplied(arguments, which, memory, result, work)
-                bring_back(arguments, result, pair, to, window, noise, get(arguments, FINISH) + 8 * (2 + which))
+                bias = get(arguments, FINISH) + 8 * (2 + which)
+                bring_back(arguments, result, pair, to, window, numbers + noise_at, bias)
             else:
                 summed(arguments, image, to, which, pair, result, window, numbers)
 
@@ -366,7 +349,7 @@ def kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
             window = work + 16 * n * max(th, tw)
             cells = window + 16 * CELL * tw
             numbers = cells + 8 * get(arguments, CELLS)
-            store64(numbers + zero_at, 0.0)
+            begin(numbers)
             task = take(arguments)
             while task < kernels:
                 k = get(arguments, X) + 4 * task * get(arguments, KH) * get(arguments, KW)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from gpuconv.backends.numba_cpu import fft_lines_table as table
 from gpuconv.backends.numba_cpu import fft_stages, fft_tiles, strip
 from gpuconv.backends.numba_cpu.copies import rows
-from gpuconv.backends.numba_cpu.fft_certain import ABSOLUTE, FACTS, PLACED, RELATIVE, TOTAL
+from gpuconv.backends.numba_cpu.fft_certain import FACTS, PLACED
 from gpuconv.backends.numba_cpu.fft_lines_table import RUN
-from gpuconv.backends.numba_cpu.fft_table import DARKEST, LEAST_SUM, NORM, OFFSET
 from gpuconv.backends.numba_cpu.fft_tiles import CELL
+from gpuconv.backends.numba_cpu.fft_verdict import LEAST_SUM, NORM, OFFSET, verdicts
 from gpuconv.backends.numba_cpu.microkernel import BLOCK
 from gpuconv.backends.numba_cpu.parts import compiled
 from gpuconv.backends.numba_cpu.rows_kernel import row_tile
@@ -87,19 +86,15 @@ def kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
     turn, turn_back = turned(lanes), turned(lanes, 1, RUN // n)
     there, back = fft_stages.transforms(lanes)
     product, first, more = fft_stages.scaled(lanes)
-    measure, least, finish = (
-        fft_tiles.measure(lanes),
-        fft_tiles.least(lanes),
-        fft_tiles.finish(lanes, y_dtype in INTEGERS),
-    )
+    measure, least = fft_tiles.measure(lanes), fft_tiles.least(lanes)
+    finish = fft_tiles.finish(lanes, y_dtype in INTEGERS)
     _, _, repeat = rows(lanes, x_dtype)
     _, write, _ = rows(lanes, y_dtype)
-    load64, store64 = scalar("float64")
+    begin, measured, at_once, by_sums, find_noise = verdicts(lanes)
+    load64, _ = scalar("float64")
     _, store32 = scalar("float32")
-    square_root, infinity = math.sqrt, math.inf
-    darkest, norm_at, offset, zero_at = 8 * DARKEST * n, 8 * NORM * n, 8 * OFFSET * n, 8 * (OFFSET * n + 1)
-    low_at, facts_size, absolute = 8 * LEAST_SUM * n, 8 * FACTS, 8 * ABSOLUTE
-    relative, placed, total = 8 * RELATIVE, 8 * PLACED, 8 * TOTAL
+    offset, zero_at, noise_at = 8 * OFFSET * n, 8 * (OFFSET * n + 1), 8 * (NORM * n + 1)
+    low, placed, facts_size = 8 * LEAST_SUM * n, 8 * PLACED, 8 * FACTS
 
     @compiled
     def begin_of(arguments, segment):
@@ -127,20 +122,12 @@ def kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
     @compiled
     def is_certain(arguments, facts, cells, numbers):
         """Whether a Fourier transform gives all outputs of a packet."""
-        length = get(arguments, LENGTH)
-        needed, dark, low = load64(numbers + norm_at) * load64(facts + relative), infinity, numbers + low_at
-        for lane in range(n):
-            dark = min(dark, load64(numbers + darkest + 8 * lane))
-            store64(low + 8 * lane, infinity)
-        if needed <= dark * load64(facts + total):
+        if at_once(facts, numbers) != 0:
             return 1
         for part in range(2):
-            at = cells + 8 * part * (length // CELL) * n
-            least((low, at, facts + placed, (get(arguments, WIDE) + CELL - 1) // CELL, n, n))
-        found = load64(low)
-        for lane in range(1, n):
-            found = min(found, load64(low + 8 * lane))
-        return 1 if needed <= found else 0
+            at = cells + 8 * part * (get(arguments, LENGTH) // CELL) * n
+            least((numbers + low, at, facts + placed, (get(arguments, WIDE) + CELL - 1) // CELL, n, n))
+        return by_sums(facts, numbers)
 
     @compiled
     def bring_back(arguments, z, target, packet, buffer, noise, bias):
@@ -187,18 +174,12 @@ def kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
         result, buffer = memory + size * channels * several, memory + size * (channels + several)
         cells = buffer + 8 * RUN * n
         numbers = cells + 8 * channels * get(arguments, CELLS)
-        store64(numbers + zero_at, 0.0)
-        for lane in range(n):
-            store64(numbers + 8 * lane, 0.0)
-            store64(numbers + darkest + 8 * lane, infinity)
+        begin(numbers)
         for c in range(channels):
             at = cells + 8 * c * get(arguments, CELLS)
             read(arguments, memory + size * c, image + c * get(arguments, SXC), packet, buffer, numbers + zero_at)
             measure((memory + size * c, at, at + 8 * length // CELL * n, numbers, length // CELL))
-        energy = 0.0
-        for lane in range(n):
-            energy += load64(numbers + 8 * lane)
-        store64(numbers + norm_at, square_root(CELL * energy))
+        measured(numbers)
         facts = get(arguments, PACKED) + 8 * get(arguments, FACTS_AT) + g * outputs * facts_size
         certain = 0
         for o in range(outputs):
@@ -209,8 +190,7 @@ def kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
         for o in range(outputs):
             which, to, own = g * outputs + o, target + o * get(arguments, SYO), facts + o * facts_size
             if certain == outputs or is_certain(arguments, own, cells, numbers) != 0:
-                noise = numbers + norm_at + 8
-                store64(noise, load64(numbers + norm_at) * load64(own + absolute))
+                find_noise(own, numbers)
                 k = get(arguments, PACKED) + 16 * which * channels * length
                 if several != 0:
                     first((result, memory, k, length))
@@ -218,7 +198,8 @@ def kernel(lanes: Lanes, x_dtype: str, y_dtype: str) -> Callable[..., None]:
                     product((result, k, length))
                 for c in range(1, channels):
                     more((result, memory + size * c, k + 16 * c * length, length))
-                bring_back(arguments, result, to, packet, buffer, noise, get(arguments, FINISH) + 8 * (2 + which))
+                bias = get(arguments, FINISH) + 8 * (2 + which)
+                bring_back(arguments, result, to, packet, buffer, numbers + noise_at, bias)
             else:
                 summed(arguments, image, to, which, packet, result, buffer, numbers)
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from gpuconv.backends.numba_cpu import strip
 from gpuconv.backends.numba_cpu.fft_certain import FACTS
-from gpuconv.backends.numba_cpu.fft_table import NUMBERS
 from gpuconv.backends.numba_cpu.fft_tiles import CELL
+from gpuconv.backends.numba_cpu.fft_verdict import NUMBERS
 from gpuconv.backends.numba_cpu.vectors import Lanes
 from gpuconv.problem import Conv2dProblem
 

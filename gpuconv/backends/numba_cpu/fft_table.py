@@ -9,6 +9,7 @@ import numpy as np
 from gpuconv.backends.numba_cpu import strip
 from gpuconv.backends.numba_cpu.fft_certain import FACTS, LEAST
 from gpuconv.backends.numba_cpu.fft_tiles import CELL
+from gpuconv.backends.numba_cpu.fft_verdict import NUMBERS
 from gpuconv.backends.numba_cpu.microkernel import BLOCK
 from gpuconv.backends.numba_cpu.vectors import Lanes
 from gpuconv.problem import Conv2dProblem
@@ -24,11 +25,6 @@ KERNELS, PASSES, FINISHED, H, W, TOP, LEFT, IN_PLACE_X, IN_PLACE_Y = (
 )  # fmt: skip
 # What the table of passes has for each: the products of some taps with all outputs of a tile.
 SHIFT, FIRST, COUNT, ROWS, WEIGHT, PASS = range(6)
-
-# What a thread knows of a pair of tiles, each in the place of a register: the squares of what is in it; the least of
-# its cells' magnitudes; its norm, and the noise of an output; the bias and the least result in float32, and a zero of
-# float64; the least Σ|x||k|.
-ENERGY, DARKEST, NORM, OFFSET, LEAST_SUM, NUMBERS = range(6)
 
 
 class Sizes(NamedTuple):
